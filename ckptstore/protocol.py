@@ -1,0 +1,143 @@
+"""What a storage backend must do: the whole contract, in one place.
+
+A backend only moves bytes. Chunking, checksums, threads, retries, names and retention live above it. Keys are relative,
+``/``-separated, made of ``[A-Za-z0-9._-]`` segments, none of which is ``.`` or ``..`` or ends in ``.partial`` (reserved for backends);
+the library never passes any other. Every method is synchronous and MUST be safe to call from several threads at once.
+
+Errors: a backend maps whatever its storage raises to `ckptstore.errors`, keeping the original as ``__cause__``. `NotFound` is
+an answer, never a guess: a backend that could not look raises `BackendError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+__all__ = ["Backend", "Capabilities", "ObjectInfo", "PartWriter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can promise; fixed for the life of the backend object."""
+
+    atomic_create: bool
+    """`put_if_absent` has exactly one winner, also between processes and hosts."""
+    durable: bool
+    """What was acknowledged survives a crash of this process (False: the memory backend)."""
+    part_size: int
+    """Bytes per `PartWriter.write` that suit the storage best."""
+    parallel: int
+    """How many parts of one file may usefully be moved at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One stored object."""
+
+    key: str
+    size: int
+    """Bytes."""
+
+
+class PartWriter(Protocol):
+    """Writes one large object in parts. Nothing is visible under its key before `finish` returns."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at byte `offset`. MUST write all of it or raise.
+
+        Called from several threads; parts never overlap and leave no gap, but come in any order. `data` is only valid until the
+        call returns.
+
+        Raises:
+            BackendError, StorageFull: the whole file is lost; only `abort` may follow.
+        """
+
+    def finish(self) -> None:
+        """Publish the object under its key, durably: after return it MUST survive a power cut.
+
+        MUST NOT replace an object that is already there.
+
+        Raises:
+            AlreadyExists: the key is taken.
+            BackendError: not durable, and MUST NOT be left visible; only `abort` may follow. A failed flush is final: never flush
+                the same file again and believe the answer.
+        """
+
+    def abort(self) -> None:
+        """Drop what was written. Idempotent; MUST NOT raise for anything the storage does; does nothing after a successful `finish`."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Storage for one store. See the module docstring for keys, threads and errors."""
+
+    options: ClassVar[Mapping[str, str]]
+    """URL options of this backend: name -> one line of help."""
+    capabilities: Capabilities
+    url: str
+    """Where this is, for messages; never with a secret in it."""
+
+    @classmethod
+    def open(cls, location: str, options: Mapping[str, str]) -> Backend:
+        """Make a backend for `location` (the URL behind ``scheme://``, or a path). MUST NOT touch the storage.
+
+        Raises:
+            InvalidOption, InvalidURL: say what is wrong with which.
+        """
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        """Create a small object: atomic and durable, with exactly one winner. Carries the whole commit protocol.
+
+        After return the object MUST survive a power cut and MUST be visible to every reader. No reader ever sees part of it. MUST
+        NOT be retried inside the backend or by an SDK.
+
+        Raises:
+            AlreadyExists: the key is taken, perhaps by this very call sent twice.
+            Ambiguous: it may or may not have taken effect.
+            BackendError: it did not take effect, and never will.
+        """
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Create or overwrite a small object. A reader sees the old or the new content, never a mixture or nothing.
+
+        Need not be durable. Used for hints and for shrinking old log slots, never for anything that must not be lost.
+        """
+
+    def open_writer(self, key: str) -> PartWriter:
+        """Begin to write a large object. Missing parent directories are made (and made durable by `PartWriter.finish`)."""
+
+    def get(self, key: str, limit: int) -> bytes:
+        """Return the whole content of a small object.
+
+        Raises:
+            NotFound: there is no such object.
+            BackendError: it could not be read, or is larger than `limit` bytes.
+        """
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        """Fill all of `buffer` from byte `offset` of the object.
+
+        Raises:
+            NotFound: there is no such object.
+            BackendError: it could not be read, or ends before the buffer is full: short data is an error, never fewer bytes.
+        """
+
+    def stat(self, key: str) -> ObjectInfo:
+        """Return the size of an object. Raises `NotFound` if it is proven absent."""
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
+        """Yield objects whose key starts with `prefix` and sorts after `start_after`, in ascending order of key.
+
+        `prefix` is empty or ends in ``/``. Includes the leftovers of unfinished writes, under keys of the backend's choice below the
+        prefix, so that `delete` can remove them. Not a snapshot. MUST raise rather than end early.
+        """
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects (and directories that this leaves empty). A key that is not there is no error.
+
+        Need not be durable. MUST NOT follow links out of the store.
+        """
+
+    def close(self) -> None:
+        """Release connections and descriptors. Idempotent."""

@@ -1,0 +1,49 @@
+"""From a URL's scheme to its backend: by name, imported when first used."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from .errors import UnknownScheme
+from .protocol import Backend
+
+__all__ = ["ENTRY_POINT_GROUP", "backend_class", "schemes"]
+
+ENTRY_POINT_GROUP = "ckptstore.backends"
+"""Third-party packages register ``scheme = "package.module:Class"`` in this entry-point group."""
+
+_BUILTIN = {
+    "file": "ckptstore.backends.local:LocalBackend",
+    "memory": "ckptstore.backends.memory:MemoryBackend",
+}
+
+
+def _third_party() -> dict[str, str]:
+    return {ep.name: ep.value for ep in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def schemes() -> list[str]:
+    """Return every scheme that can be opened, sorted."""
+    return sorted({*_BUILTIN, *_third_party()})
+
+
+def backend_class(scheme: str) -> type[Backend]:
+    """Import and return the backend class for `scheme`.
+
+    Raises:
+        UnknownScheme: nothing is registered under it, or what is cannot be imported; says what is known, and the nearest match.
+    """
+    target = _BUILTIN.get(scheme) or _third_party().get(scheme)
+    if target is None:
+        known = schemes()
+        near = difflib.get_close_matches(scheme, known, 1)
+        hint = f"; did you mean {near[0]}://?" if near else ""
+        raise UnknownScheme(f"unknown URL scheme {scheme!r}{hint} Known: {', '.join(known)}, or a plain path.")
+    module, _, name = target.partition(":")
+    try:
+        backend: type[Backend] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as exc:
+        raise UnknownScheme(f"the backend for {scheme}:// ({target}) cannot be imported: {exc}") from exc
+    return backend
