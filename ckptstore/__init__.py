@@ -1,0 +1,128 @@
+"""Checkpoints for PyTorch that are whole, durable, verified and fenced.
+
+::
+
+    store = ckptstore.Store("runs/42?keep_last=3")
+    store.save({"model": model, "optimizer": optimizer}, "latest", step=step)
+    state = store.load("latest")
+
+Everything but the errors is imported when first used, so that ``import ckptstore`` stays quick and does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .errors import (
+    AlreadyExists,
+    Ambiguous,
+    BackendError,
+    CheckpointNotFound,
+    CkptStoreError,
+    CommitUnknown,
+    Damaged,
+    DamagedFile,
+    DamagedManifest,
+    DamagedRecord,
+    FallbackWarning,
+    Fenced,
+    InvalidName,
+    InvalidOption,
+    InvalidURL,
+    NewerFormat,
+    NoAtomicCreate,
+    NotFound,
+    NotSerializable,
+    PermissionDenied,
+    StateMismatch,
+    StorageFull,
+    StoreNotFound,
+    StoreWarning,
+    UnknownScheme,
+    UnsafeContent,
+    UsageError,
+    WeightsOnlyWarning,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdvancedTooFarError",
+    "AlreadyExists",
+    "Ambiguous",
+    "BackendError",
+    "Checkpoint",
+    "CheckpointNotFound",
+    "CkptStoreError",
+    "CommitUnknown",
+    "Damaged",
+    "DamagedFile",
+    "DamagedManifest",
+    "DamagedRecord",
+    "FallbackWarning",
+    "Fenced",
+    "HasNotResetProgressError",
+    "InterruptableDistributedGroupedBatchSampler",
+    "InterruptableDistributedSampler",
+    "InterruptableSampler",
+    "InvalidName",
+    "InvalidOption",
+    "InvalidURL",
+    "NewerFormat",
+    "NoAtomicCreate",
+    "NotFound",
+    "NotSerializable",
+    "PermissionDenied",
+    "SamplerMismatch",
+    "StateMismatch",
+    "StorageFull",
+    "Store",
+    "StoreNotFound",
+    "StoreWarning",
+    "Transaction",
+    "UnknownScheme",
+    "UnsafeContent",
+    "UsageError",
+    "WeightsOnlyWarning",
+    "__version__",
+    "atomic_torch_save",
+]
+
+# Type checkers read the first branch and so know every name; with a module-level __getattr__ they would let any typo pass.
+if TYPE_CHECKING:
+    from .atomic import atomic_torch_save
+    from .checkpoint import Checkpoint
+    from .sampler import (
+        AdvancedTooFarError,
+        HasNotResetProgressError,
+        InterruptableDistributedGroupedBatchSampler,
+        InterruptableDistributedSampler,
+        InterruptableSampler,
+        SamplerMismatch,
+    )
+    from .store import Store
+    from .transaction import Transaction
+else:
+    _LAZY = {
+        "AdvancedTooFarError": "sampler",
+        "Checkpoint": "checkpoint",
+        "HasNotResetProgressError": "sampler",
+        "InterruptableDistributedGroupedBatchSampler": "sampler",
+        "InterruptableDistributedSampler": "sampler",
+        "InterruptableSampler": "sampler",
+        "SamplerMismatch": "sampler",
+        "Store": "store",
+        "Transaction": "transaction",
+        "atomic_torch_save": "atomic",
+    }
+
+    def __getattr__(name):
+        module = _LAZY.get(name)
+        if module is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
