@@ -16,6 +16,7 @@ Each one says what to do, and also subclasses the builtin that code which never 
     │   ├── PermissionDenied (PermissionError)
     │   ├── StorageFull                       no space, no quota, file too large for the file system
     │   ├── NoAtomicCreate                    the storage cannot tell two writers apart; see single_writer=1
+    │   ├── Unreadable                        the storage has lost these bytes; asking again will not help
     │   └── Ambiguous                         the step may or may not have taken effect
     ├── Damaged (ValueError)                  bytes differ from what was committed
     │   ├── DamagedRecord
@@ -59,6 +60,7 @@ __all__ = [
     "StoreNotFound",
     "StoreWarning",
     "UnknownScheme",
+    "Unreadable",
     "UnsafeContent",
     "UsageError",
     "WeightsOnlyWarning",
@@ -122,6 +124,10 @@ class StorageFull(BackendError):
 
 class NoAtomicCreate(BackendError):
     """The storage has no working create-if-absent, so two jobs could both believe they committed."""
+
+
+class Unreadable(BackendError):
+    """The storage itself reports that these bytes cannot be read any more (a media error), and asking again will not help."""
 
 
 class Ambiguous(BackendError):

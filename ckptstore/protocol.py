@@ -1,7 +1,7 @@
 """What a storage backend must do: the whole contract, in one place.
 
 A backend only moves bytes. Chunking, checksums, threads, retries, names and retention live above it. Keys are relative,
-``/``-separated, made of ``[A-Za-z0-9._-]`` segments, none of which is ``.`` or ``..`` or ends in ``.partial`` (reserved for backends);
+``/``-separated, made of ``[A-Za-z0-9._=-]`` segments, none of which is ``.`` or ``..`` or ends in ``.partial`` (reserved for backends);
 the library never passes any other. Every method is synchronous and MUST be safe to call from several threads at once.
 
 Errors: a backend maps whatever its storage raises to `ckptstore.errors`, keeping the original as ``__cause__``. `NotFound` is
@@ -120,6 +120,7 @@ class Backend(Protocol):
 
         Raises:
             NotFound: there is no such object.
+            Unreadable: the storage has lost these bytes for good (EIO of a local disk).
             BackendError: it could not be read, or ends before the buffer is full: short data is an error, never fewer bytes.
         """
 

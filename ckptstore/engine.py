@@ -1,0 +1,93 @@
+"""What checkpoints, transactions and the store share: one backend, its log, its threads, and reading what they hold."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+from .checksum import sha256
+from .errors import BackendError, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
+from .log import Head, Log
+from .manifest import MANIFEST_LIMIT, Manifest, decode
+from .naming import MANIFEST, data_key
+from .protocol import Backend
+from .record import Entry, Record
+from .transfer import Workers
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """One store's moving parts. Thread-safe."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.log = Log(backend)
+        self.workers = Workers(backend.capabilities.parallel)
+        self.verdicts: dict[str, bool] = {}
+        """Checkpoints read back here: whole or not. The next commit writes it down."""
+        self.deleted: set[str] = set()
+        """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
+        self._keys: dict[str, list[str]] = {}
+        self._warned: set[str] = set()
+
+    def head(self) -> Head:
+        """Return the newest state, with a warning if a damaged record was passed over."""
+        head = self.log.head()
+        for message in head.damaged:
+            if message not in self._warned:
+                self._warned.add(message)
+                warnings.warn(f"{self.backend.url}: {message}; using commit record {head.record.n}", FallbackWarning, stacklevel=4)
+        return head
+
+    def manifest(self, entry: Entry) -> Manifest:
+        """Read and check the manifest of a committed checkpoint.
+
+        Raises:
+            DamagedManifest: missing, or not the one that was committed.
+        """
+        try:
+            data = self.backend.get(data_key(entry.id, MANIFEST), MANIFEST_LIMIT)
+        except NotFound:
+            raise DamagedManifest(f"the manifest of {entry.id} is missing") from None
+        except Unreadable as exc:
+            raise DamagedManifest(f"the manifest of {entry.id} cannot be read: {exc}") from exc
+        if sha256(data) != entry.manifest:
+            raise DamagedManifest(f"the manifest of {entry.id} is not the one that was committed")
+        return decode(data, entry.id)
+
+    def remember_keys(self, checkpoint_id: str, keys: list[str]) -> None:
+        """Note the keys of a checkpoint written here, so that pruning it needs no listing."""
+        self._keys[checkpoint_id] = keys
+
+    def delete_data(self, checkpoint_id: str) -> None:
+        """Delete everything below a checkpoint's folder. Idempotent. The caller knows that it can never be committed (again)."""
+        keys = self._keys.get(checkpoint_id)
+        if keys is None:
+            keys = [info.key for info in self.backend.list(data_key(checkpoint_id))]
+        self.backend.delete(keys)
+        self._keys.pop(checkpoint_id, None)
+
+    def delete_retired(self, ids: Iterable[str]) -> None:
+        """Delete the data of retired checkpoints; what fails stays in the record's `retired` and is tried again later."""
+        for checkpoint_id in ids:
+            if checkpoint_id not in self.deleted:
+                with suppress(BackendError):
+                    self.delete_data(checkpoint_id)
+                    self.deleted.add(checkpoint_id)
+
+    def write_down(self, state: Record) -> Record:
+        """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""
+        return replace(
+            state,
+            checkpoints=tuple(replace(e, verified=self.verdicts.get(e.id, e.verified)) for e in state.checkpoints),
+            retired=tuple(i for i in state.retired if i not in self.deleted),
+        )
+
+    def close(self) -> None:
+        """Release threads and connections. Idempotent."""
+        self.workers.close()
+        with suppress(CkptStoreError):
+            self.backend.close()

@@ -1,0 +1,87 @@
+"""The envelope of records and manifests: JSON that carries the SHA-256 of its own body.
+
+The bytes are exactly ``{"sha256":"<64 hex digits>","body":<body>}`` and a newline, where the digits are the SHA-256 of the bytes of
+``<body>``. So every flipped bit and every truncation is found before the body is parsed, and the file is still plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from .checksum import sha256
+from .errors import Damaged, NewerFormat, UsageError
+
+__all__ = ["FORMAT", "JSON", "check_json", "from_number", "seal", "to_number", "unseal"]
+
+FORMAT = 1
+"""Version of records and manifests that this library writes, and the newest one that it reads."""
+
+JSON = Any
+"""A value of plain JSON: dict with str keys, list, str, int, finite float, bool, None."""
+
+_HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","body":', b"}\n"
+_BODY = len(_HEAD) + 64 + len(_MIDDLE)
+
+
+def seal(body: dict[str, JSON]) -> bytes:
+    """Return the bytes of an envelope around `body`, with the current format number added."""
+    text = json.dumps({"format": FORMAT, **body}, separators=(",", ":"), sort_keys=True, allow_nan=False).encode("ascii")
+    return _HEAD + sha256(text).encode("ascii") + _MIDDLE + text + _TAIL
+
+
+def unseal(data: bytes, what: str) -> dict[str, JSON]:
+    """Check an envelope and return its body.
+
+    Raises:
+        Damaged: the bytes are not what was written; `what` names them in the message.
+        NewerFormat: they are whole, but of a newer format.
+    """
+    body = data[_BODY : -len(_TAIL)]
+    if data != _HEAD + sha256(body).encode("ascii") + _MIDDLE + body + _TAIL:
+        raise Damaged(f"{what} is damaged: its bytes do not match its own checksum")
+    try:
+        value = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError) as exc:
+        raise Damaged(f"{what} is not JSON: {type(exc).__name__}") from None
+    version = value.get("format") if isinstance(value, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise Damaged(f"{what} has no format number")
+    if version > FORMAT:
+        raise NewerFormat(f"{what} has format {version}, and this ckptstore reads up to {FORMAT}; upgrade ckptstore. Nothing was changed.")
+    assert isinstance(value, dict)
+    return value
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def check_json(value: object, what: str) -> JSON:
+    """Return `value` if it is plain JSON that reads back equal.
+
+    Raises:
+        UsageError: it is not; says what to do.
+    """
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise UsageError(f"{what} must be plain JSON (dict, list, str, int, finite float, bool, None): {exc}") from None
+    if same != value:
+        raise UsageError(f"{what} must be plain JSON that reads back equal: use lists for tuples, and str keys in dicts")
+    return same
+
+
+def from_number(value: float) -> float | str:
+    """Return a metric as JSON holds it: JSON has no NaN and no infinities, so those become strings."""
+    return value if math.isfinite(value) else repr(value)
+
+
+def to_number(value: JSON) -> float:
+    """Undo `from_number`. Raises ValueError for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    raise ValueError("not a number")

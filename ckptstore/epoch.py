@@ -1,0 +1,137 @@
+"""Epochs and fencing: which job may commit.
+
+A job acquires the store by committing a record with the next epoch; from then on, every commit of an earlier epoch is refused by the
+log itself, because it would have to build on that record. Cooperating writers commit in whatever epoch is current and fence nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from .errors import DamagedRecord, Fenced, NoAtomicCreate
+from .log import Head, Log, new_op
+from .naming import DATA, id_of_key, is_id
+from .owner import default_owner
+from .protocol import Backend
+from .record import Record
+
+__all__ = ["Writer"]
+
+_PAST_OWNERS = 64
+"""How many earlier owners a record remembers: late ranks of a fenced launch are told so, instead of fencing the newer job."""
+
+
+class Writer:
+    """The right of one `Store` to change a store. Thread-safe."""
+
+    def __init__(self, backend: Backend, log: Log, *, owner: str | None, cooperate: bool, single_writer: bool, epoch: int | None = None) -> None:
+        self._backend = backend
+        self._log = log
+        self._owner = owner
+        self._cooperate = cooperate
+        self._single_writer = single_writer
+        self._lock = threading.Lock()
+        self._fenced: str | None = None
+        self.epoch = epoch
+        """The acquired epoch; None before, and always for a cooperating writer."""
+
+    @property
+    def owner(self) -> str:
+        """Who acquires; found out when first needed."""
+        if self._owner is None:
+            self._owner = default_owner()
+        return self._owner
+
+    def acquire(self) -> Record:
+        """Make this job the only one that may commit, and return the state it took over. Idempotent for one owner.
+
+        Raises:
+            Fenced: a newer job has acquired since this owner did.
+            CommitUnknown, BackendError
+        """
+        self._check_backend()
+        with self._lock:
+            if self._fenced:
+                raise Fenced(self._fenced)
+            if self.epoch is not None:
+                head = self._log.head()
+                self._check(head, self.epoch)
+                return head.record
+            record = self._log.commit(self._take_over, new_op())
+            self.epoch = record.epoch
+            return record
+
+    def _take_over(self, head: Head) -> Record | None:
+        state = head.record
+        if state.owner == self.owner and not head.damaged:
+            return None
+        if self.owner in state.past_owners:
+            raise Fenced(f"this launch ({self.owner}) owned the store before, and {state.owner} has acquired it since; stop this job")
+        spared = state.spared
+        if head.damaged:
+            # A damaged record may have committed a checkpoint, and may have been an acquisition itself: its data is kept, and the
+            # epoch skips every one it may have used.
+            known = {e.id for e in state.checkpoints} | set(state.retired) | set(spared)
+            ids = {id_of_key(info.key) for info in self._backend.list(DATA)}
+            spared += tuple(sorted(i for i in ids if is_id(i) and i not in known))
+        return replace(
+            state,
+            epoch=state.epoch + 1 + len(head.damaged),
+            owner=self.owner,
+            spared=spared,
+            past_owners=(*state.past_owners, *([state.owner] if state.owner else []))[-_PAST_OWNERS:],
+        )
+
+    def begin(self) -> int:
+        """Return the epoch that data written from now on belongs to, acquiring first unless cooperating."""
+        if not self._cooperate:
+            return self.acquire().epoch if self.epoch is None else self._own_epoch()
+        self._check_backend()
+        head = self._log.head()
+        self._check(head, None)
+        return head.record.epoch
+
+    def _own_epoch(self) -> int:
+        if self._fenced:
+            raise Fenced(self._fenced)
+        assert self.epoch is not None
+        return self.epoch
+
+    def commit(self, change: Callable[[Record], Record | None], op: str, epoch: int | None = None) -> Record:
+        """Commit `change` of the newest state; see `Log.commit` for what errors mean.
+
+        `epoch` is the one that new data was written in; None when there is none, so that a cooperating writer may commit in any epoch.
+
+        Raises:
+            Fenced: a newer job has acquired the store.
+            DamagedRecord: the newest record is damaged, and only acquiring may pass it over.
+        """
+        self._check_backend()
+        if not self._cooperate:
+            epoch = self._own_epoch() if self.epoch is not None else self.acquire().epoch
+
+        def fenced_change(head: Head) -> Record | None:
+            self._check(head, epoch)
+            return change(head.record)
+
+        return self._log.commit(fenced_change, op)
+
+    def _check(self, head: Head, epoch: int | None) -> None:
+        if head.damaged:
+            raise DamagedRecord(f"{head.damaged[0]}. Nothing was changed; the next job that resumes or acquires the store passes it over")
+        state = head.record
+        if epoch is None or state.epoch == epoch and (self._cooperate or state.owner == self.owner):
+            return
+        if self._cooperate:
+            raise Fenced(f"{state.owner} acquired the store while this was being written, and may have collected the data; save again")
+        self._fenced = f"{state.owner} has acquired the store (epoch {state.epoch}, this job has {epoch}); nothing was published; stop this job"
+        raise Fenced(self._fenced)
+
+    def _check_backend(self) -> None:
+        if not (self._backend.capabilities.atomic_create or self._single_writer):
+            raise NoAtomicCreate(
+                f"{self._backend.url} has no create-if-absent, so two jobs could both believe they committed; "
+                "add single_writer=1 to the URL if you make sure that only one job ever writes"
+            )

@@ -1,0 +1,230 @@
+"""The log: who comes next, decided by one create-if-absent per commit.
+
+Slots are numbered from 1 without gaps and never deleted, so "which is the newest?" can be asked by galloping from any slot known to
+exist, and a writer that was stopped for an hour finds its slot taken. The hint object only saves steps: it may be stale, missing or
+wrong. Everything a caller must know about an error is in its type: `CommitUnknown` (nobody knows), anything else from `commit`
+that is a `CkptStoreError` (proven not to have happened).
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from .checksum import sha256
+from .errors import (
+    AlreadyExists,
+    Ambiguous,
+    BackendError,
+    CkptStoreError,
+    CommitUnknown,
+    DamagedRecord,
+    NewerFormat,
+    NotFound,
+)
+from .protocol import Backend
+from .record import EMPTY, RECORD_LIMIT, Record, Tombstone, decode, encode, encode_tombstone
+
+__all__ = ["LOG", "Head", "Log", "new_op"]
+
+LOG = "log/"
+_HINT = "log/hint"
+_ATTEMPTS = 4
+"""How often identical bytes are sent while the answer stays ambiguous."""
+_WHOLE = 8
+"""The newest slots are kept whole: they are what a damaged newest record falls back to."""
+_SHRINK_ABOVE = 4096
+"""Shrinking a record below one disk block frees nothing."""
+
+
+def new_op() -> str:
+    """Return a new operation id."""
+    return uuid.uuid4().hex
+
+
+def slot_key(n: int) -> str:
+    """Return the key of slot `n`; padded, so that keys sort as numbers do."""
+    return f"{LOG}{n:012d}"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest state of a store."""
+
+    slot: int
+    """Newest slot taken; 0 in an empty store."""
+    record: Record
+    """Newest whole record: that of `slot`, unless it is damaged."""
+    digest: str | None = None
+    """SHA-256 of the record's bytes."""
+    damaged: tuple[str, ...] = ()
+    """One message per damaged slot newer than `record`."""
+
+
+class Log:
+    """The commit log of one store. Thread-safe."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._lock = threading.RLock()
+        self._head = Head(0, EMPTY)
+        self._sizes: dict[int, tuple[int, str]] = {}  # slot -> (bytes, op) of records committed here and still whole
+
+    def head(self) -> Head:
+        """Return the newest state.
+
+        Raises:
+            DamagedRecord: there are records, and not one of those kept whole can be read.
+            NewerFormat, BackendError
+        """
+        with self._lock:
+            while True:
+                slot = self._newest()
+                if slot == self._head.slot:
+                    return self._head
+                head = self._read_back_from(slot)
+                if head is not None:
+                    self._head = head
+                    return head
+                # The slot was shrunk while we looked, so newer ones exist: look again from there.
+
+    def commit(self, change: Callable[[Head], Record | None], op: str) -> Record:
+        """Make `change` of the newest state the next record, and return that record.
+
+        `change` gets the head and returns the new state (`n`, `op` and `prev` are filled in here), or None when nothing is left to do. It
+        is called again with a newer head whenever somebody else's commit came first, and may raise to give up.
+
+        Raises:
+            CommitUnknown: whether it took effect could not be learnt.
+            CkptStoreError: any other: it did not take effect and never will.
+        """
+        with self._lock:
+            head = self._head if self._head.slot and not self._head.damaged else self.head()
+            while True:
+                draft = change(head)
+                if draft is None:
+                    return head.record
+                record = replace(draft, n=head.slot + 1, op=op, prev=head.digest)
+                data = encode(record)
+                if len(data) > RECORD_LIMIT:
+                    raise BackendError(f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some")
+                if self._create(record.n, data, op):
+                    self._head = Head(record.n, record, sha256(data))
+                    self._sizes[record.n] = (len(data), op)
+                    self._tidy(record.n)
+                    return record
+                head = self.head()
+                if head.slot < record.n:
+                    raise CommitUnknown(f"slot {record.n} was taken and then not found; the storage contradicts itself", op, record.n)
+
+    def took_effect(self, op: str, slot: int) -> bool | None:
+        """Say whether operation `op` took slot `slot`: None while the slot is free, so that it still may.
+
+        Raises:
+            DamagedRecord, BackendError: cannot be told.
+        """
+        try:
+            found = decode(self._backend.get(slot_key(slot), RECORD_LIMIT), slot)
+        except NotFound:
+            return None
+        return found.op == op
+
+    def _create(self, n: int, data: bytes, op: str) -> bool:
+        """Create slot `n`. True: it is ours. False: somebody else's. CommitUnknown: nobody knows; other errors: it is not ours."""
+        ambiguous: Ambiguous | None = None
+        for _ in range(_ATTEMPTS):
+            try:
+                self._backend.put_if_absent(slot_key(n), data)
+                return True
+            except AlreadyExists:
+                pass  # perhaps by an earlier attempt of ours whose answer was lost, or by a packet sent twice
+            except Ambiguous as exc:
+                ambiguous = exc
+            except BackendError:
+                if ambiguous is None:
+                    raise
+                continue  # this attempt failed for sure, but an earlier one is still open
+            try:
+                taken = self.took_effect(op, n)
+            except NewerFormat:
+                raise  # so it cannot be ours
+            except CkptStoreError as exc:
+                raise CommitUnknown(f"slot {n} is taken, but it cannot be read who took it: {exc}", op, n) from exc
+            if taken is False:
+                return False
+            if taken and ambiguous is not None and not ambiguous.durable:
+                # Flushing again and believing the answer is how fsync errors get lost; only a human can judge this disk.
+                message = f"commit {n} is visible, but the storage did not confirm that it is durable: {ambiguous}"
+                raise CommitUnknown(message, op, n) from ambiguous
+            if taken:
+                return True
+        raise CommitUnknown(f"no answer whether commit {n} took effect: {ambiguous}", op, n) from ambiguous
+
+    def _newest(self) -> int:
+        known = self._head.slot
+        if self._taken(known + 1):
+            known += 1
+        elif known:
+            return known
+        with suppress(NotFound, BackendError, ValueError):
+            hint = int(self._backend.get(_HINT, 64))
+            if known < hint < 10**12 and self._taken(hint):
+                known = hint
+        if not known:
+            return 0
+        step = 1
+        while self._taken(known + step):
+            known += step
+            step *= 2
+        high = known + step  # free
+        while high - known > 1:
+            middle = (known + high) // 2
+            if self._taken(middle):
+                known = middle
+            else:
+                high = middle
+        return known
+
+    def _taken(self, n: int) -> bool:
+        try:
+            self._backend.stat(slot_key(n))
+        except NotFound:
+            return False
+        return True
+
+    def _read_back_from(self, slot: int) -> Head | None:
+        damaged: list[str] = []
+        for n in range(slot, max(slot - _WHOLE, 0), -1):
+            try:
+                data = self._backend.get(slot_key(n), RECORD_LIMIT)
+                record = decode(data, n)
+            except (DamagedRecord, NotFound) as exc:
+                damaged.append(str(exc))
+                continue
+            if isinstance(record, Tombstone):
+                if self._taken(slot + 1):
+                    return None
+                break
+            return Head(slot, record, sha256(data), tuple(damaged))
+        if len(damaged) == slot:  # back to the beginning: the state before the first commit serves
+            return Head(slot, EMPTY, None, tuple(damaged))
+        raise DamagedRecord(f"none of the newest commit records can be read; newest first: {'; '.join(damaged)}")
+
+    def _tidy(self, n: int) -> None:
+        """After commit `n`: leave a hint, and shrink one old slot. Both may fail or be lost without harm."""
+        with suppress(CkptStoreError):
+            self._backend.replace(_HINT, b"%d" % n)
+        old = n - _WHOLE
+        if old < 1:
+            return
+        with suppress(CkptStoreError):
+            size, op = self._sizes.pop(old, None) or self._size_and_op(old)
+            if size > _SHRINK_ABOVE:
+                self._backend.replace(slot_key(old), encode_tombstone(old, op))
+
+    def _size_and_op(self, n: int) -> tuple[int, str]:
+        data = self._backend.get(slot_key(n), RECORD_LIMIT)
+        return len(data), decode(data, n).op

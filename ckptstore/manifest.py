@@ -1,0 +1,148 @@
+"""Manifests: what one checkpoint consists of. Field by field in docs/format.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .checksum import ALGORITHM
+from .envelope import JSON, from_number, seal, to_number, unseal
+from .errors import Damaged, DamagedManifest
+from .naming import check_name, check_path, check_step, file_key
+
+__all__ = ["CHUNK_LIMIT", "MANIFEST_LIMIT", "FileEntry", "Manifest", "decode", "encode"]
+
+MANIFEST_LIMIT = 1 << 30
+"""Manifests larger than this many bytes are refused."""
+
+CHUNK_LIMIT = 64 << 20
+"""Longest chunk, in bytes: a reader needs one chunk in memory to check it."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    path: str
+    """Relative to the checkpoint, as the user named it."""
+    size: int
+    """Bytes."""
+    crc: int
+    """CRC-64/NVME of the whole file."""
+    chunks: tuple[tuple[int, int], ...]
+    """(length in bytes, CRC-64/NVME) of consecutive pieces that make up the file."""
+
+    @property
+    def key(self) -> str:
+        """Key of the file below the checkpoint's folder."""
+        return file_key(self.path)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one checkpoint but its bytes."""
+
+    id: str
+    name: str
+    step: int | None
+    created: float
+    files: tuple[FileEntry, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    metadata: JSON = None
+    sampler: JSON = None
+    """The sampler's `state_dict`, None if none was saved."""
+    unsafe: Mapping[str, list[str]] = field(default_factory=dict)
+    """Per file: classes that ``torch.load(weights_only=True)`` refuses."""
+    writer: Mapping[str, str] = field(default_factory=dict)
+    """What wrote it: versions and host, for people."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(f.size for f in self.files)
+
+    def file(self, path: str) -> FileEntry | None:
+        """Return the entry of the file `path`, if there is one."""
+        return next((f for f in self.files if f.path == path), None)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest`."""
+    return seal(
+        {
+            "kind": "manifest",
+            "id": manifest.id,
+            "name": manifest.name,
+            "step": manifest.step,
+            "created": manifest.created,
+            "checksum": ALGORITHM,
+            "files": [
+                {"path": f.path, "size": f.size, "crc": _hex(f.crc), "chunks": [[n, _hex(c)] for n, c in f.chunks]} for f in manifest.files
+            ],
+            "metrics": {k: from_number(v) for k, v in manifest.metrics.items()},
+            "metadata": manifest.metadata,
+            "sampler": manifest.sampler,
+            "unsafe": dict(manifest.unsafe),
+            "writer": dict(manifest.writer),
+        }
+    )
+
+
+def decode(data: bytes, checkpoint_id: str) -> Manifest:
+    """Read the manifest of `checkpoint_id`, trusting nothing.
+
+    Raises:
+        DamagedManifest, NewerFormat
+    """
+    what = f"the manifest of {checkpoint_id}"
+    try:
+        body = unseal(data, what)
+        if body["kind"] != "manifest" or body["id"] != checkpoint_id:
+            raise ValueError("it belongs to something else")
+        if body["checksum"] != ALGORITHM:
+            raise ValueError(f"unknown checksum {body['checksum']!r:.40}")
+        manifest = Manifest(
+            id=checkpoint_id,
+            name=check_name(body["name"]),
+            step=check_step(body["step"]),
+            created=to_number(body["created"]),
+            files=tuple(_decode_file(f) for f in body["files"]),
+            metrics={str(k): to_number(v) for k, v in body["metrics"].items()},
+            metadata=body["metadata"],
+            sampler=body["sampler"],
+            unsafe={check_path(k): [str(c) for c in v] for k, v in body["unsafe"].items()},
+            writer={str(k): str(v) for k, v in body["writer"].items()},
+        )
+        if len({f.key for f in manifest.files}) != len(manifest.files):
+            raise ValueError("a file is listed twice")
+        return manifest
+    except DamagedManifest:
+        raise
+    except Damaged as exc:
+        raise DamagedManifest(str(exc)) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise DamagedManifest(f"{what} is not valid: {type(exc).__name__}: {exc!s:.200}") from None
+
+
+def _decode_file(item: JSON) -> FileEntry:
+    chunks = tuple((_length(n), _unhex(c)) for n, c in item["chunks"])
+    size = item["size"]
+    if isinstance(size, bool) or sum(n for n, _ in chunks) != size:
+        raise ValueError("chunks do not add up to the file's size")
+    return FileEntry(path=check_path(item["path"]), size=size, crc=_unhex(item["crc"]), chunks=chunks)
+
+
+def _length(value: JSON) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= CHUNK_LIMIT:
+        raise ValueError("a chunk's length is out of range")
+    return value
+
+
+def _hex(crc: int) -> str:
+    return f"{crc:016x}"
+
+
+def _unhex(value: JSON) -> int:
+    if not isinstance(value, str) or len(value) != 16:
+        raise ValueError("a checksum is malformed")
+    return int(value, 16)

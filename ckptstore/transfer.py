@@ -1,0 +1,300 @@
+"""The data path: cuts files into chunks, hashes each while it is hot, moves them in parallel, and checks every one on the way back."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import Any, TypeVar
+
+from .checksum import combine, crc64nvme
+from .errors import DamagedFile, NotFound, Unreadable
+from .manifest import CHUNK_LIMIT, FileEntry
+from .protocol import Backend, PartWriter
+
+__all__ = ["FileSink", "VerifiedFile", "Workers", "damaged_ranges", "drain", "read_file"]
+
+_R = TypeVar("_R")
+
+
+class Workers:
+    """A few threads for one store, started when first needed and again after a fork."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = 0
+
+    def submit(self, call: Callable[..., _R], *args: Any) -> Future[_R]:
+        """Run ``call(*args)`` on one of the threads."""
+        with self._lock:
+            if self._pool is None or self._pid != os.getpid():
+                self._pool, self._pid = ThreadPoolExecutor(self.count, "ckptstore"), os.getpid()
+            return self._pool.submit(call, *args)
+
+    def map(self, call: Callable[[Any], _R], items: Iterable[Any]) -> Iterator[_R]:
+        """Yield ``call(item)`` in order, running a bounded number ahead. Everything begun has ended when this is closed or raises."""
+        items = iter(items)
+        ahead = [self.submit(call, item) for item in islice(items, 2 * self.count)]
+        try:
+            while ahead:
+                result = ahead.pop(0).result()
+                ahead += [self.submit(call, item) for item in islice(items, 1)]
+                yield result
+        finally:
+            drain(ahead)
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        with self._lock:
+            if self._pool is not None and self._pid == os.getpid():
+                self._pool.shutdown()
+            self._pool = None
+
+
+def drain(futures: Iterable[Future[Any]]) -> None:
+    """Wait until no future runs any more, whatever interrupts us: they hold views of memory that goes away with the caller."""
+    pending = list(futures)
+    for future in pending:
+        future.cancel()
+    interrupt: BaseException | None = None
+    while not all(f.done() for f in pending):
+        try:
+            wait(pending)
+        except BaseException as exc:  # a second Ctrl-C must not free the memory under a running thread
+            interrupt = exc
+    if interrupt is not None:
+        raise interrupt
+
+
+class FileSink:
+    """A write-only file object that sends what it gets to a `PartWriter` in checked chunks.
+
+    Small writes are gathered into chunks of `chunk` bytes; a large one is cut and sent from the caller's own memory, and is done with
+    when `write` returns, because torch may free that memory then (a CUDA tensor's host copy, for one). Used by one thread.
+    """
+
+    def __init__(self, path: str, writer: PartWriter, workers: Workers, chunk: int) -> None:
+        self.path = path
+        self.writer = writer
+        self._workers = workers
+        self._chunk = min(chunk, CHUNK_LIMIT)
+        self._buffer = bytearray()
+        self._offset = 0  # bytes handed on, without the buffer
+        self._chunks: list[tuple[int, Future[int] | int]] = []
+        self._running: list[Future[int]] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Take all of `data`. Raises what the storage raised, now or for earlier data."""
+        view = memoryview(data).cast("B")
+        if len(view) >= self._chunk // 2:
+            self._send_buffer()
+            pieces = [self._send(view[i : i + self._chunk]) for i in range(0, len(view), self._chunk)]
+            self._settle(pieces)
+        else:
+            self._buffer += view
+            if len(self._buffer) >= self._chunk:
+                self._send_buffer()
+        return len(view)
+
+    def flush(self) -> None:
+        """Do nothing: durability comes with the commit."""
+
+    def close(self) -> FileEntry:
+        """Send what is left and return the file's sizes and checksums. The file is not published yet."""
+        if not self._chunks and self._buffer:  # one small chunk: not worth a thread
+            self._chunks.append((len(self._buffer), self._store(0, memoryview(self._buffer))))
+            self._offset = len(self._buffer)
+        else:
+            self._send_buffer()
+            self._settle(self._running)
+        chunks = tuple((n, crc if isinstance(crc, int) else crc.result()) for n, crc in self._chunks)
+        return FileEntry(self.path, self._offset, combine(chunks), chunks)
+
+    def abort(self) -> None:
+        """Drop the file. Never raises for anything the storage does."""
+        drain(self._running)
+        self.writer.abort()
+
+    def _send_buffer(self) -> None:
+        if self._buffer:
+            full, self._buffer = self._buffer, bytearray()
+            while len(self._running) > self._workers.count:
+                self._settle(self._running[:1])
+            self._send(memoryview(full))
+
+    def _send(self, piece: memoryview) -> Future[int]:
+        future = self._workers.submit(self._store, self._offset, piece)
+        self._chunks.append((len(piece), future))
+        self._running.append(future)
+        self._offset += len(piece)
+        return future
+
+    def _store(self, offset: int, piece: memoryview) -> int:
+        crc = crc64nvme(piece)
+        self.writer.write(offset, piece)
+        return crc
+
+    def _settle(self, futures: list[Future[int]]) -> None:
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            unfinished = [f for f in futures if not f.done()]
+            drain(unfinished)
+        for future in futures:
+            future.result()
+        settled = set(futures)
+        self._running = [f for f in self._running if f not in settled]
+
+
+def check_size(backend: Backend, key: str, entry: FileEntry) -> None:
+    """Compare the stored size with the manifest's, so that nothing is allocated on the manifest's word alone.
+
+    Raises:
+        DamagedFile: missing, or of another size.
+    """
+    try:
+        size = backend.stat(key).size
+    except NotFound:
+        raise DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)]) from None
+    if size != entry.size:
+        low, high = sorted((size, entry.size))
+        raise DamagedFile(f"{key} has {size} bytes instead of {entry.size}", entry.path, [(low, high)])
+
+
+def _spans(entry: FileEntry) -> Iterator[tuple[int, int, int]]:
+    offset = 0
+    for length, crc in entry.chunks:
+        yield offset, length, crc
+        offset += length
+
+
+def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, crc: int, into: memoryview) -> None:
+    """Fill `into` with the chunk at `offset` and check it.
+
+    Raises:
+        DamagedFile: it fails its checksum, the disk has lost it, or the file went missing.
+    """
+    span = (offset, offset + len(into))
+    try:
+        backend.read_into(key, offset, into)
+    except NotFound:
+        raise DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)]) from None
+    except Unreadable as exc:
+        raise DamagedFile(f"{key} cannot be read in bytes {span[0]}–{span[1] - 1}: {exc}", entry.path, [span]) from exc
+    if crc64nvme(into) != crc:
+        raise DamagedFile(f"{key} fails its checksum in bytes {span[0]}–{span[1] - 1}", entry.path, [span])
+
+
+def read_file(backend: Backend, key: str, entry: FileEntry, workers: Workers) -> memoryview:
+    """Return the whole file in memory, every byte checked.
+
+    Raises:
+        DamagedFile
+    """
+    check_size(backend, key, entry)
+    if not entry.size:
+        return memoryview(bytearray())
+    # Anonymous memory: page-aligned, and given back to the system as soon as the view is gone.
+    whole = memoryview(mmap.mmap(-1, entry.size))
+
+    def fetch(span: tuple[int, int, int]) -> None:
+        offset, length, crc = span
+        read_chunk(backend, key, entry, offset, crc, whole[offset : offset + length])
+
+    if len(entry.chunks) == 1:
+        fetch((0, entry.size, entry.chunks[0][1]))
+    else:
+        for _ in workers.map(fetch, _spans(entry)):
+            pass
+    return whole
+
+
+def damaged_ranges(
+    backend: Backend, key: str, entry: FileEntry, workers: Workers, progress: Callable[[int], object] | None = None
+) -> list[tuple[int, int]]:
+    """Read the whole file in bounded memory and return the (start, stop) byte ranges that are not what was committed.
+
+    A missing file is one range; bytes beyond the end are a range too. `progress` is called with the number of bytes just done.
+    """
+    try:
+        size = backend.stat(key).size
+    except NotFound:
+        return [(0, entry.size)]
+
+    def examine(span: tuple[int, int, int]) -> list[tuple[int, int]]:
+        offset, length, crc = span
+        if offset + length > size:
+            return [(offset, offset + length)]
+        try:
+            read_chunk(backend, key, entry, offset, crc, memoryview(bytearray(length)))
+        except DamagedFile:
+            return [(offset, offset + length)]
+        return []
+
+    bad: list[tuple[int, int]] = []
+    for span, found in zip(_spans(entry), workers.map(examine, _spans(entry)), strict=True):
+        bad += found
+        if progress is not None:
+            progress(span[1])
+    if size > entry.size:
+        bad.append((entry.size, size))
+    return _merged(bad)
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+class VerifiedFile(io.RawIOBase):
+    """A read-only, seekable file object over one stored file. Only checked bytes come out; holds one chunk in memory."""
+
+    def __init__(self, backend: Backend, key: str, entry: FileEntry) -> None:
+        check_size(backend, key, entry)
+        self._source = (backend, key, entry)
+        self._starts = [offset for offset, _, _ in _spans(entry)]
+        self._position = 0
+        self._chunk = (0, memoryview(b""))  # (offset, its bytes)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source[2].size}[whence]
+        if base + offset < 0:
+            raise ValueError("negative seek position")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer` as far as one chunk reaches. Raises `DamagedFile` instead of returning bytes that fail their checksum."""
+        backend, key, entry = self._source
+        view = memoryview(buffer).cast("B")
+        if self._position >= entry.size or not view:
+            return 0
+        start, chunk = self._chunk
+        if not start <= self._position < start + len(chunk):
+            index = bisect_right(self._starts, self._position) - 1
+            start, (length, crc) = self._starts[index], entry.chunks[index]
+            chunk = memoryview(bytearray(length))
+            read_chunk(backend, key, entry, start, crc, chunk)
+            self._chunk = (start, chunk)
+        piece = chunk[self._position - start :][: len(view)]
+        view[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
