@@ -58,6 +58,23 @@ class Engine:
             raise DamagedManifest(f"the manifest of {entry.id} is not the one that was committed")
         return decode(data, entry.id)
 
+    def unrecorded(self, checkpoint_id: str) -> Entry:
+        """Make an entry for data that no record names, from its manifest alone, which is checked against its own checksum."""
+        try:
+            data = self.backend.get(data_key(checkpoint_id, MANIFEST), MANIFEST_LIMIT)
+        except NotFound:
+            raise DamagedManifest(f"{checkpoint_id} has no manifest: it was never completed") from None
+        found = decode(data, checkpoint_id)
+        return Entry(
+            id=checkpoint_id,
+            step=found.step,
+            name=found.name,
+            created=found.created,
+            nbytes=found.nbytes,
+            manifest=sha256(data),
+            metrics=found.metrics,
+        )
+
     def remember_keys(self, checkpoint_id: str, keys: list[str]) -> None:
         """Note the keys of a checkpoint written here, so that pruning it needs no listing."""
         self._keys[checkpoint_id] = keys
@@ -82,9 +99,13 @@ class Engine:
         """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""
         return replace(
             state,
-            checkpoints=tuple(replace(e, verified=self.verdicts.get(e.id, e.verified)) for e in state.checkpoints),
+            checkpoints=tuple(self._judged(e) for e in state.checkpoints),
             retired=tuple(i for i in state.retired if i not in self.deleted),
         )
+
+    def _judged(self, entry: Entry) -> Entry:
+        verdict = self.verdicts.get(entry.id, entry.verified)
+        return entry if verdict == entry.verified else replace(entry, verified=verdict)
 
     def close(self) -> None:
         """Release threads and connections. Idempotent."""

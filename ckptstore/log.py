@@ -28,7 +28,7 @@ from .errors import (
 from .protocol import Backend
 from .record import EMPTY, RECORD_LIMIT, Record, Tombstone, decode, encode, encode_tombstone
 
-__all__ = ["LOG", "Head", "Log", "new_op"]
+__all__ = ["LOG", "Head", "Log", "new_op", "slot_key", "slot_of"]
 
 LOG = "log/"
 _HINT = "log/hint"
@@ -48,6 +48,12 @@ def new_op() -> str:
 def slot_key(n: int) -> str:
     """Return the key of slot `n`; padded, so that keys sort as numbers do."""
     return f"{LOG}{n:012d}"
+
+
+def slot_of(key: str) -> int | None:
+    """Return the slot that a key below ``log/`` belongs to, whatever follows the number; None if there is no number."""
+    digits = key[len(LOG) : len(LOG) + 12]
+    return int(digits) if len(digits) == 12 and digits.isascii() and digits.isdigit() else None
 
 
 @dataclass(frozen=True)

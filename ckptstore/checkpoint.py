@@ -1,0 +1,202 @@
+"""One committed checkpoint, as users see it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .engine import Engine
+from .envelope import JSON
+from .errors import AlreadyExists, DamagedManifest, NotFound
+from .manifest import FileEntry, Manifest
+from .naming import data_key
+from .posix import fsync_dir, mapped_errors
+from .record import Entry
+from .transfer import VerifiedFile, damaged_ranges, read_file
+
+__all__ = ["RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
+
+STATE_FILE = "state.pt"
+"""The file that `Store.save` writes and `Store.load` reads."""
+RNG_FILE = "rng.pt"
+"""The file that holds the random generators, saved with ``rng=True``."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One damaged part of a checkpoint."""
+
+    id: str
+    path: str
+    """The file inside the checkpoint; empty for the manifest."""
+    ranges: tuple[tuple[int, int], ...]
+    """Bad byte ranges as (start, stop) pairs."""
+    reason: str
+
+
+class Checkpoint:
+    """One committed checkpoint. It does not change; only its files may be pruned. Get one from a `Store`."""
+
+    def __init__(self, engine: Engine, entry: Entry, manifest: Manifest | None = None) -> None:
+        self._engine = engine
+        self._entry = entry
+        self._manifest = manifest
+
+    @property
+    def id(self) -> str:
+        """Unique in the store, never used again; also the folder of its files, ``data/<id>/``."""
+        return self._entry.id
+
+    @property
+    def name(self) -> str:
+        """The name it was saved under. Names may have moved on since: see `Store.names`."""
+        return self._entry.name
+
+    @property
+    def step(self) -> int | None:
+        """The step it was saved with, None if none was given."""
+        return self._entry.step
+
+    @property
+    def created(self) -> datetime:
+        """When it was saved, by the clock of the machine that saved it (aware, UTC)."""
+        return datetime.fromtimestamp(self._entry.created, timezone.utc)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files, without the manifest."""
+        return self._entry.nbytes
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics it was saved with."""
+        return dict(self._entry.metrics)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest, read and checked when first asked for.
+
+        Raises:
+            DamagedManifest: missing, or not the one that was committed.
+        """
+        if self._manifest is None:
+            self._manifest = self._engine.manifest(self._entry)
+        return self._manifest
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Path -> size in bytes."""
+        return {f.path: f.size for f in self.manifest.files}
+
+    @property
+    def metadata(self) -> JSON:
+        """The metadata it was saved with, None if none was given."""
+        return self.manifest.metadata
+
+    @property
+    def sampler_state(self) -> JSON:
+        """The sampler's ``state_dict`` it was saved with, None if none was given."""
+        return self.manifest.sampler
+
+    def load(self, file: str = STATE_FILE, *, map_location: Any = None, weights_only: bool = True) -> Any:
+        """Read `file`, check every byte, and return what `torch.load` makes of it. Never falls back to another checkpoint.
+
+        Args:
+            map_location, weights_only: as for `torch.load`.
+
+        Raises:
+            Damaged: what is stored is not what was committed; nothing was parsed.
+            UnsafeContent: the file asks for more than ``weights_only=True`` allows, or for more memory than it has bytes.
+            NotFound: there is no such file in it, or the checkpoint has been pruned.
+        """
+        from . import torchfile
+
+        entry = self._file(file)
+        data = read_file(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
+        return torchfile.load(data, map_location=map_location, weights_only=weights_only, name=f"{self.id}/{file}")
+
+    def open(self, file: str) -> BinaryIO:
+        """Open one file for reading (seekable, buffered). Bytes that fail their checksum raise `DamagedFile` instead of coming out."""
+        entry = self._file(file)
+        return io.BufferedReader(VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry), 1 << 20)
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> list[Damage]:
+        """Read every byte and compare it with what was committed; return what is damaged, an empty list if all is whole.
+
+        Args:
+            progress: called with the number of bytes just done.
+        """
+        try:
+            manifest = self.manifest
+        except DamagedManifest as exc:
+            self._engine.verdicts[self.id] = False
+            return [Damage(self.id, "", (), str(exc))]
+        found = []
+        for entry in manifest.files:
+            key = data_key(self.id, entry.key)
+            ranges = damaged_ranges(self._engine.backend, key, entry, self._engine.workers, progress)
+            if ranges:
+                spans = ", ".join(f"{start}–{max(start, stop - 1)}" for start, stop in ranges)
+                found.append(Damage(self.id, entry.path, tuple(ranges), f"bytes {spans} of {entry.path} are missing or wrong"))
+        self._engine.verdicts[self.id] = not found
+        return found
+
+    def download(self, folder: str | os.PathLike[str]) -> Path:
+        """Copy all files, checked, to `folder`, which is made if need be, and return its path. Durable on return.
+
+        A file appears under its name only when it is complete.
+
+        Raises:
+            AlreadyExists: one of the files is there already; nothing was written.
+            Damaged: a file is not what was committed; it does not appear.
+        """
+        root = Path(folder)
+        with mapped_errors(str(root)):
+            for entry in self.manifest.files:
+                if os.path.lexists(root / entry.path):
+                    raise AlreadyExists(f"{root / entry.path} exists already; give an empty folder")
+            folders = {root}
+            root.mkdir(parents=True, exist_ok=True)
+            for entry in self.manifest.files:
+                target = root / entry.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                folders.update(p for p in target.parents if p.is_relative_to(root))
+                self._copy(entry, target)
+            for path in sorted(folders, reverse=True):
+                fsync_dir(str(path))
+        return root
+
+    def _copy(self, entry: FileEntry, target: Path) -> None:
+        partial = target.with_name(target.name + ".partial")
+        try:
+            with VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry) as source, open(partial, "xb") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+                out.flush()
+                os.fsync(out.fileno())
+            os.link(partial, target)  # never replaces a file that appeared meanwhile
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _file(self, file: str) -> FileEntry:
+        entry = self.manifest.file(file)
+        if entry is None:
+            names = ", ".join(sorted(f.path for f in self.manifest.files)) or "none"
+            raise NotFound(f"checkpoint {self.id} has no file {file!r:.200}; it has: {names:.500}")
+        return entry
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Checkpoint):
+            return NotImplemented
+        return (self.id, self._engine.backend.url) == (other.id, other._engine.backend.url)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.id} name={self.name!r} step={self.step} nbytes={self.nbytes}>"

@@ -1,0 +1,66 @@
+"""Garbage collection: deletes what can never be committed. Needs no clock, and may be stopped at any point.
+
+Data belongs to the epoch in its id, and only that epoch can commit it. So once the newest record has a higher epoch, data that it does
+not name never will be named, whoever is still writing it. Data of the current epoch is left alone unless it was retired: another
+rank, or a cooperating writer, may be about to commit it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import DamagedRecord
+from .log import LOG, Head, slot_of
+from .naming import DATA, epoch_of, id_of_key, is_id
+from .protocol import Backend
+
+__all__ = ["Garbage", "find_garbage", "unfinished_records"]
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What may be deleted, and what was left alone on purpose."""
+
+    keys: tuple[str, ...]
+    ids: tuple[str, ...]
+    """The checkpoints that never came to be, or were retired."""
+    nbytes: int
+    spared: tuple[str, ...] = ()
+    """Data that a damaged record may have named: bring it back with `Store.tag`, or delete it with `Store.delete`."""
+    foreign: tuple[str, ...] = ()
+    """Folders below ``data/`` that no ckptstore made."""
+
+
+def find_garbage(backend: Backend, head: Head) -> Garbage:
+    """List the data that can go, judged by `head`.
+
+    Raises:
+        DamagedRecord: the newest record is damaged, so what it named is not known.
+    """
+    state = head.record
+    if head.damaged:
+        raise DamagedRecord(f"{head.damaged[0]}. Nothing was collected; the next job that resumes or acquires the store passes it over")
+    kept = {e.id for e in state.checkpoints}
+    retired, spared = set(state.retired), set(state.spared)
+    keys: list[str] = []
+    ids: dict[str, None] = {}
+    foreign: dict[str, None] = {}
+    nbytes = 0
+    for info in backend.list(DATA):
+        checkpoint_id = id_of_key(info.key)
+        if checkpoint_id in kept or checkpoint_id in spared:
+            continue
+        if not is_id(checkpoint_id):
+            foreign[checkpoint_id] = None
+        elif checkpoint_id in retired or epoch_of(checkpoint_id) < state.epoch:
+            keys.append(info.key)
+            ids[checkpoint_id] = None
+            nbytes += info.size
+    return Garbage(tuple(keys), tuple(ids), nbytes, tuple(sorted(spared)), tuple(foreign))
+
+
+def unfinished_records(backend: Backend, head: Head) -> list[str]:
+    """List leftovers of records that were never created because their writer died: those aimed at slots that are taken."""
+    leftovers = (info.key for info in backend.list(LOG) if info.key.endswith(".partial"))
+    # A live writer that loses its leftover here has lost its slot already.
+    return [key for key in leftovers if (slot := slot_of(key)) is not None and slot <= head.slot]

@@ -1,0 +1,461 @@
+"""The store: save, load, resume, and keeping house."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from .checkpoint import RNG_FILE, STATE_FILE, Checkpoint, Damage
+from .engine import Engine
+from .envelope import JSON
+from .epoch import Writer
+from .errors import (
+    CheckpointNotFound,
+    CommitUnknown,
+    Damaged,
+    DamagedManifest,
+    DamagedRecord,
+    FallbackWarning,
+    NotFound,
+    StateMismatch,
+    StoreNotFound,
+    StoreWarning,
+    UsageError,
+)
+from .gc import Garbage, find_garbage, unfinished_records
+from .log import Head, new_op
+from .naming import check_name, check_step, is_id
+from .options import split_options
+from .record import Entry, Record
+from .registry import backend_class
+from .retention import expired
+from .transaction import Draft, Transaction
+from .url import parse_url
+
+__all__ = ["Store"]
+
+
+class Store:
+    """A place for the checkpoints of one training run.
+
+    Thread-safe; may be pickled to worker processes, which then belong to the same job; a context manager that closes it.
+
+    Args:
+        url: a path or URL as text, with options after ``?`` ("runs/42?keep_last=3", "file:///data/run-42", "memory://name"); an
+            `os.PathLike` is taken literally.
+        acquire: True: before its first change, the store is acquired, so that no older job can change it any more (fencing). False: a
+            cooperating writer beside the job that owns the store: it saves and tags in the current epoch and fences nobody.
+        owner: who acquires; the same for all processes of one launch and new for every launch. Found out from torchrun's or Slurm's
+            variables if not given, else unique to this object.
+        options: as in the URL; they win over it. See `ckptstore.options.STORE_OPTIONS`.
+
+    Raises:
+        InvalidURL, UnknownScheme, InvalidOption: nothing was touched. The storage is touched by the first method that needs it.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], *, acquire: bool = True, owner: str | None = None, **options: Any) -> None:
+        self._setup(url, acquire, owner, options, None)
+
+    def _setup(self, url: str | os.PathLike[str], acquire: bool, owner: str | None, options: Mapping[str, Any], epoch: int | None) -> None:
+        if owner is not None and (not isinstance(owner, str) or not 0 < len(owner) <= 512):
+            raise UsageError("owner must be a text of 1 to 512 characters")
+        parsed = parse_url(url)
+        backend_type = backend_class(parsed.scheme)
+        given = {**parsed.options, **options}
+        self._retention, single_writer, rest = split_options(given, backend_type.options)
+        backend = backend_type.open(parsed.location, rest)
+        self._arguments = (url, acquire, options)
+        self._engine = Engine(backend)
+        self._writer = Writer(backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=single_writer, epoch=epoch)
+        self._acquired = epoch is not None
+
+    # --- writing
+
+    def save(
+        self,
+        obj: Any,
+        name: str = "latest",
+        *,
+        step: int | None = None,
+        sampler: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: JSON = None,
+        rng: bool = False,
+    ) -> Checkpoint:
+        """Save `obj` as a new checkpoint and let `name` point to it. Atomic, and durable on return.
+
+        Args:
+            obj: anything `torch.save` takes; values with a ``state_dict()`` are saved by it. Becomes the file ``state.pt``.
+            step: a whole number that finds the checkpoint again.
+            sampler: its ``state_dict()`` is saved alongside.
+            metrics: numbers by name, for `keep_best` and for people.
+            metadata: plain JSON, kept as it is.
+            rng: also save the Python, NumPy and torch random generators; `resume` restores them.
+
+        Raises:
+            Fenced: a newer job has acquired the store.
+            CommitUnknown: it may or may not have been committed; see `resolve`.
+            NotSerializable, UsageError, BackendError, or whatever a ``state_dict()`` raised: nothing was published.
+        """
+        with self.transaction(name, step=step, sampler=sampler, metrics=metrics, metadata=metadata) as tx:
+            tx.save(obj)
+            if rng:
+                tx.save_rng()
+        return tx.checkpoint
+
+    def transaction(
+        self,
+        name: str = "latest",
+        *,
+        step: int | None = None,
+        sampler: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: JSON = None,
+    ) -> Transaction:
+        """Return a context manager that writes several files as one checkpoint; see `Transaction`. Arguments as for `save`."""
+        draft = Draft.check(name, step, metrics, metadata, sampler)
+        if self._writer.epoch is None and self._arguments[1]:
+            self.acquire()
+        return Transaction(self._engine, self._writer, self._retention, draft)
+
+    def acquire(self) -> None:
+        """Make this job the owner of the store: nothing an older job does takes effect any more. Idempotent.
+
+        `resume`, and otherwise the first change, does it by itself. Also collects what dead jobs left behind.
+
+        Raises:
+            Fenced: a newer job has acquired it since this one did.
+            UsageError: this is a cooperating writer.
+        """
+        if not self._arguments[1]:
+            raise UsageError("this Store was opened with acquire=False; open one without it to take over")
+        self._writer.acquire()
+        if not self._acquired:
+            self._acquired = True
+            head = self._engine.log.head()
+            if head.slot > 1:
+                self._engine.backend.delete(find_garbage(self._engine.backend, head).keys)
+
+    def tag(self, name: str, target: str | Checkpoint) -> Checkpoint:
+        """Let `name` point to a checkpoint, which retention then never removes. `target` is a name, an id or a `Checkpoint`.
+
+        The id of data that a damaged record may have named (see `gc`) brings it back, if it is whole.
+
+        Raises:
+            CheckpointNotFound, InvalidName, Fenced, CommitUnknown
+        """
+        check_name(name)
+        wanted = target.id if isinstance(target, Checkpoint) else target
+        rescued = self._rescue(wanted)
+
+        def change(state: Record) -> Record:
+            state = self._engine.write_down(state)
+            if rescued is not None and rescued.id in state.spared:
+                spared = tuple(i for i in state.spared if i != rescued.id)
+                state = replace(state, checkpoints=(*state.checkpoints, rescued), spared=spared)
+            entry = self._find(state, wanted, None)
+            return replace(state, names={**state.names, name: entry.id})
+
+        record = self._writer.commit(change, new_op())
+        return Checkpoint(self._engine, self._find(record, name, None))
+
+    def delete(self, target: str | int | Checkpoint) -> None:
+        """Delete a checkpoint, given by id, as a `Checkpoint`, or by its name.
+
+        By name: when other names point to the same checkpoint, only the name goes. By id: all its names go too.
+
+        Raises:
+            CheckpointNotFound, Fenced, CommitUnknown
+        """
+        wanted = target.id if isinstance(target, Checkpoint) else target
+        if not isinstance(wanted, str):
+            raise UsageError("delete takes a name, an id or a Checkpoint")
+
+        def change(state: Record) -> Record:
+            state = self._engine.write_down(state)
+            if wanted in state.spared:
+                return replace(state, spared=tuple(i for i in state.spared if i != wanted), retired=(*state.retired, wanted))
+            entry = self._find(state, wanted, None)
+            others = {n: i for n, i in state.names.items() if n != wanted}
+            if wanted in state.names and entry.id in others.values():
+                return replace(state, names=others)
+            return state.without({entry.id})
+
+        self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
+
+    def prune(self) -> list[str]:
+        """Apply the retention rules now, as every save does, and return the ids of the checkpoints that went."""
+        gone: list[str] = []
+
+        def change(state: Record) -> Record | None:
+            written = self._engine.write_down(state)
+            ids = expired(written, self._retention)
+            gone[:] = sorted(ids)
+            return written.without(ids) if ids or written != state else None
+
+        self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
+        return gone
+
+    def gc(self) -> Garbage:
+        """Delete what can never be committed: leftovers of older jobs and of checkpoints that retention let go. Acquires nothing.
+
+        Raises:
+            DamagedRecord: the newest record is damaged; acquire first.
+        """
+        head = self._engine.log.head()
+        garbage = find_garbage(self._engine.backend, head)
+        self._engine.backend.delete([*garbage.keys, *unfinished_records(self._engine.backend, head)])
+        self._engine.deleted.update(set(garbage.ids) | set(head.record.retired))
+        return garbage
+
+    def resolve(self, unknown: CommitUnknown) -> bool:
+        """Settle a `CommitUnknown`: True if the operation took effect, False if it did not and never will.
+
+        While its slot is free it could still arrive, so an empty commit takes the slot first.
+        """
+        answer = self._engine.log.took_effect(unknown.op_id, unknown.slot)
+        if answer is None:
+            self._writer.commit(lambda state: state, new_op())
+            answer = self._engine.log.took_effect(unknown.op_id, unknown.slot)
+        if answer is None:
+            raise DamagedRecord(f"slot {unknown.slot} is free although later ones are taken")
+        return answer
+
+    # --- reading
+
+    def load(
+        self,
+        target: str | Checkpoint | None = None,
+        *,
+        step: int | None = None,
+        file: str = STATE_FILE,
+        map_location: Any = None,
+        weights_only: bool = True,
+    ) -> Any:
+        """Return a saved object, every byte checked before it was parsed.
+
+        By name ("latest" if nothing is given), a damaged checkpoint is passed over, with a `FallbackWarning`, for the newest older one that was
+        saved under that name and is whole. By id, `Checkpoint` or `step` there is no falling back.
+
+        Raises:
+            CheckpointNotFound, StoreNotFound
+            Damaged: nothing whole is left.
+            UnsafeContent: see `Checkpoint.load`.
+        """
+
+        def read(checkpoint: Checkpoint) -> Any:
+            return checkpoint.load(file, map_location=map_location, weights_only=weights_only)
+
+        if isinstance(target, Checkpoint):
+            target = target.id
+        return self._first_whole(target, step, read)[1]
+
+    def resume(
+        self,
+        objects: Any,
+        name: str = "latest",
+        *,
+        sampler: Any = None,
+        map_location: Any = "cpu",
+        weights_only: bool = True,
+        rng: bool = True,
+    ) -> Checkpoint | None:
+        """Acquire the store, then restore `objects` in place from the newest whole checkpoint saved under `name`.
+
+        Returns the checkpoint it resumed from, or None when the store is empty: start from the beginning then.
+
+        Args:
+            objects: like the object that was saved: values with ``load_state_dict`` get their state, tensors are copied into, other values
+                in dicts and lists are replaced. What the checkpoint has beyond it is ignored.
+            sampler: gets its state back. Required to be in the checkpoint if given.
+            rng: restore the random generators if the checkpoint has them.
+
+        Raises:
+            StateMismatch: the state does not fit the objects.
+            CheckpointNotFound: there are checkpoints, but none was saved under `name`.
+            Damaged: there are, and not one is whole; it is not for a program to start over then.
+        """
+        self.acquire()
+        head = self._engine.head()
+        if not head.record.checkpoints:
+            if head.record.spared:
+                raise DamagedRecord(
+                    f"the records that named this store's checkpoints are damaged; data of {', '.join(head.record.spared)} is still there: "
+                    "bring one back with tag(name, id), or delete them to start over"
+                )
+            return None
+        from . import rng as generators
+        from . import snapshot
+
+        def read(checkpoint: Checkpoint) -> tuple[Any, Any]:
+            state = checkpoint.load(map_location=map_location, weights_only=weights_only)
+            saved = checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
+            return state, saved
+
+        checkpoint, (state, saved_rng) = self._first_whole(check_name(name), None, read)
+        self._restore_sampler(checkpoint, sampler)
+        snapshot.restore(objects, state)
+        if saved_rng is not None:
+            generators.restore(saved_rng)
+        # Written down so that retention, anybody's, keeps what this job stands on.
+        self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
+        return checkpoint
+
+    def checkpoint(self, target: str | None = None, *, step: int | None = None) -> Checkpoint:
+        """Return a checkpoint by name ("latest" if nothing is given), by id, or by step (the newest with that step).
+
+        Raises:
+            CheckpointNotFound, StoreNotFound
+        """
+        return Checkpoint(self._engine, self._find(self._state(), target, step))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return all checkpoints, oldest first."""
+        return [Checkpoint(self._engine, entry) for entry in self._engine.head().record.checkpoints]
+
+    def names(self) -> dict[str, str]:
+        """Return what every name points to: name -> id."""
+        return dict(sorted(self._engine.head().record.names.items()))
+
+    def verify(self, target: str | Checkpoint | None = None, progress: Callable[[int], object] | None = None) -> list[Damage]:
+        """Read every byte of one checkpoint, or of all, and return what is damaged: an empty list if everything is whole.
+
+        A damaged newest commit record is damage too. `progress` is called with the number of bytes just done.
+        """
+        head = self._engine.log.head()
+        found = [Damage("", "", (), message) for message in head.damaged] if target is None else []
+        if target is None:
+            checkpoints = [Checkpoint(self._engine, entry) for entry in head.record.checkpoints]
+        else:
+            checkpoints = [target if isinstance(target, Checkpoint) else self.checkpoint(target)]
+        for checkpoint in checkpoints:
+            found += checkpoint.verify(progress)
+        return found
+
+    # --- the rest
+
+    @property
+    def url(self) -> str:
+        """Where the store is, for messages; never with a secret in it."""
+        return self._engine.backend.url
+
+    def close(self) -> None:
+        """Release threads and connections. Idempotent."""
+        self._engine.close()
+
+    def __contains__(self, target: object) -> bool:
+        wanted = target.id if isinstance(target, Checkpoint) else target
+        state = self._engine.head().record
+        return isinstance(wanted, str) and (wanted in state.names or state.entry(wanted) is not None)
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter(self.checkpoints())
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Store {self.url}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        url, acquire, options = self._arguments
+        owner = self._writer.owner if acquire else None
+        return {"url": url, "acquire": acquire, "owner": owner, "options": options, "epoch": self._writer.epoch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._setup(**state)
+
+    # --- finding
+
+    def _state(self) -> Record:
+        head = self._engine.head()
+        if not head.slot:
+            raise StoreNotFound(f"there is no store at {self.url} yet: nothing has been saved there; check the path")
+        return head.record
+
+    def _find(self, state: Record, target: str | None, step: int | None) -> Entry:
+        if step is not None:
+            if target is not None:
+                raise UsageError("give a name or id, or step=, not both")
+            check_step(step)
+            entry = next((e for e in reversed(state.checkpoints) if e.step == step), None)
+            if entry is None:
+                steps = ", ".join(str(e.step) for e in state.checkpoints[-8:] if e.step is not None) or "none"
+                raise CheckpointNotFound(f"{self.url} keeps no checkpoint of step {step}; newest kept steps: {steps}")
+            return entry
+        wanted = "latest" if target is None else target
+        if not isinstance(wanted, str):
+            raise UsageError(f"a checkpoint is named by a str, or by step=, not by {type(wanted).__name__}")
+        entry = state.entry(state.names.get(wanted, wanted))
+        if entry is None:
+            if is_id(wanted):
+                raise CheckpointNotFound(f"{self.url} does not keep {wanted}; it may have been pruned")
+            near = difflib.get_close_matches(wanted, state.names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(state.names)[:20]) or 'no names'}"
+            raise CheckpointNotFound(f"{self.url} has no checkpoint named {wanted!r:.200}; {hint}")
+        return entry
+
+    def _first_whole(self, target: str | None, step: int | None, read: Callable[[Checkpoint], Any]) -> tuple[Checkpoint, Any]:
+        """Read the wanted checkpoint, or, by name, the newest whole one saved under that name; return it and what `read` made of it."""
+        while True:
+            head = self._engine.head()
+            state = self._state()
+            wanted = self._find(state, target, step)
+            candidates = [wanted]
+            if step is None and wanted.id != target:
+                before = state.checkpoints[: state.checkpoints.index(wanted)]
+                name = "latest" if target is None else target
+                candidates += [e for e in reversed(before) if e.name == name]
+            problem: Exception | None = None
+            for entry in candidates:
+                checkpoint = Checkpoint(self._engine, entry)
+                try:
+                    result = read(checkpoint)
+                except (Damaged, NotFound) as exc:
+                    if not isinstance(exc, Damaged) or self._pruned_meanwhile(head, entry):
+                        problem = exc
+                        break
+                    self._engine.verdicts[entry.id] = False
+                    problem = problem or exc
+                    if entry is not candidates[-1]:
+                        message = f"{self.url}: checkpoint {entry.id} (step {entry.step}) is damaged: {exc}; falling back to an older one"
+                        warnings.warn(message, FallbackWarning, stacklevel=4)
+                    continue
+                self._engine.verdicts[entry.id] = True
+                return checkpoint, result
+            assert problem is not None
+            if self._pruned_meanwhile(head, wanted) and step is None and wanted.id != target:
+                continue  # the name has moved on while we read: read what it points to now
+            raise problem
+
+    def _pruned_meanwhile(self, head: Head, entry: Entry) -> bool:
+        now = self._engine.log.head()
+        return now.slot != head.slot and now.record.entry(entry.id) is None
+
+    def _restore_sampler(self, checkpoint: Checkpoint, sampler: Any) -> None:
+        saved = checkpoint.sampler_state
+        if sampler is not None:
+            if saved is None:
+                raise StateMismatch(f"checkpoint {checkpoint.id} has no sampler state; save with sampler=, or resume without")
+            sampler.load_state_dict(saved)
+        elif saved is not None:
+            message = f"checkpoint {checkpoint.id} has a sampler state, but resume was given no sampler: samples may be repeated or skipped"
+            warnings.warn(message, StoreWarning, stacklevel=3)
+
+    def _rescue(self, wanted: str) -> Entry | None:
+        """Return an entry made from the manifest of data that a damaged record may have named, if `wanted` is that and it is whole."""
+        if wanted not in self._engine.head().record.spared:
+            return None
+        entry = self._engine.unrecorded(wanted)
+        damage = Checkpoint(self._engine, entry).verify()
+        if damage:
+            raise DamagedManifest(f"{wanted} cannot be brought back: {damage[0].reason}")
+        return entry

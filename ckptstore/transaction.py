@@ -1,0 +1,337 @@
+"""Writing one checkpoint: several files, published together or not at all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import stat
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from . import __version__
+from .checkpoint import RNG_FILE, STATE_FILE, Checkpoint
+from .checksum import sha256
+from .engine import Engine
+from .envelope import JSON, check_json
+from .epoch import Writer
+from .errors import CkptStoreError, CommitUnknown, InvalidName, UsageError, WeightsOnlyWarning
+from .log import new_op
+from .manifest import FileEntry, Manifest, encode
+from .naming import MANIFEST, check_name, check_path, check_step, data_key, file_key, new_id
+from .posix import mapped_errors
+from .protocol import PartWriter
+from .record import Entry, Record
+from .retention import Retention, expired
+from .transfer import FileSink
+
+__all__ = ["Draft", "Transaction", "TransactionFile"]
+
+_OPEN_FILES = 64
+"""Files written but not yet made durable: they are finished together, in parallel, but each holds a descriptor until then."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a checkpoint is saved with besides its files; checked before anything is written."""
+
+    name: str
+    step: int | None
+    metrics: Mapping[str, float]
+    metadata: JSON
+    sampler: JSON
+
+    @classmethod
+    def check(cls, name: str, step: int | None, metrics: Mapping[str, Any] | None, metadata: JSON, sampler: Any) -> Draft:
+        """Check everything the user gave.
+
+        Raises:
+            InvalidName, UsageError: says what is wrong with which; nothing was touched.
+        """
+        try:
+            numbers = {k: float(v) for k, v in (metrics or {}).items()}  # 0-dim tensors and NumPy scalars are fine
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise UsageError(f"metrics must be numbers by name, as in {{'loss': 0.31}}: {exc}") from None
+        if not all(isinstance(k, str) and len(k) <= 1024 for k in numbers):
+            raise UsageError("metrics must have names of at most 1024 characters")
+        if sampler is not None and not callable(getattr(sampler, "state_dict", None)):
+            raise UsageError(f"sampler has no state_dict() (it is a {type(sampler).__name__}); pass one of ckptstore's samplers")
+        return cls(
+            name=check_name(name),
+            step=check_step(step),
+            metrics=numbers,
+            metadata=check_json(metadata, "metadata"),
+            sampler=None if sampler is None else check_json(sampler.state_dict(), "the sampler's state"),
+        )
+
+
+class TransactionFile:
+    """A file of a transaction, open for writing. Left by an exception, it spoils the whole transaction: half a file is never published."""
+
+    def __init__(self, transaction: Transaction, sink: FileSink) -> None:
+        self._transaction = transaction
+        self._sink = sink
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append `data`; returns its length in bytes."""
+        if self.closed:
+            raise ValueError("write to a closed file")
+        return self._sink.write(data)
+
+    def flush(self) -> None:
+        """Do nothing: files become durable, together, when the transaction commits."""
+
+    def close(self) -> None:
+        """Complete the file."""
+        if not self.closed:
+            self.closed = True
+            self._transaction._complete(self._sink)
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def __enter__(self) -> TransactionFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.closed = True
+            self._transaction._spoil(f"{self._sink.path} was left by {kind.__name__}")
+
+
+class Transaction:
+    """Writes one checkpoint. Use it as a context manager: leaving normally commits, leaving by an exception publishes nothing.
+
+    Get one from `Store.transaction`; after the block, `checkpoint` is the committed checkpoint. For one thread at a time.
+    """
+
+    def __init__(self, engine: Engine, writer: Writer, retention: Retention, draft: Draft) -> None:
+        self._engine = engine
+        self._writer = writer
+        self._retention = retention
+        self._draft = draft
+        self._epoch = 0
+        self._state = "new"
+        self._spoilt: str | None = None
+        self._sinks: dict[str, FileSink] = {}  # key -> being written
+        self._written: list[PartWriter] = []  # complete, not yet durable
+        self._files: dict[str, FileEntry] = {}
+        self._unsafe: dict[str, list[str]] = {}
+        self._versions = {"ckptstore": __version__, "python": platform.python_version(), "host": socket.gethostname()}
+        self._checkpoint: Checkpoint | None = None
+        self.id = ""
+        """Id of the checkpoint being written; known inside the block."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The committed checkpoint. Raises `UsageError` before the block has been left normally."""
+        if self._checkpoint is None:
+            raise UsageError("the transaction has not committed")
+        return self._checkpoint
+
+    def __enter__(self) -> Transaction:
+        if self._state != "new":
+            raise UsageError("a transaction can be used once; ask the store for another one")
+        self._epoch = self._writer.begin()
+        self.id = new_id(self._epoch, self._draft.step)
+        self._state = "open"
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._state = "ended"
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            manifest, data = self._make_durable()
+        except BaseException:
+            self._discard()
+            raise
+        self._commit(manifest, data)
+
+    def save(self, obj: Any, path: str = STATE_FILE) -> None:
+        """Write `obj` with `torch.save`; values with a ``state_dict()`` are saved by it.
+
+        What ``weights_only=True`` will refuse to load is recorded and warned about now (`WeightsOnlyWarning`).
+
+        Raises:
+            NotSerializable: `torch.save` cannot write it; the transaction publishes nothing.
+        """
+        import torch
+
+        from . import snapshot, torchfile
+
+        state = snapshot.to_state(obj)
+        with self.open(path) as file:
+            unsafe = torchfile.save(state, file)
+        self._versions["torch"] = torch.__version__
+        if unsafe:
+            self._unsafe[path] = list(unsafe)
+            message = f"{path} holds {', '.join(unsafe)}, which can only be loaded with weights_only=False; save plain tensors and containers"
+            warnings.warn(message, WeightsOnlyWarning, stacklevel=3)
+
+    def save_rng(self) -> None:
+        """Write the Python, NumPy and torch random generators; `Store.resume` restores them."""
+        from . import rng
+
+        self.save(rng.capture(), RNG_FILE)
+
+    def add_file(self, path: str, source: str | os.PathLike[str]) -> None:
+        """Copy the file `source` into the checkpoint as `path`. A symbolic link is followed; anything but a regular file is refused."""
+        with mapped_errors(f"{os.fspath(source)}"):
+            # Never blocks on a FIFO, and looks at what was opened, not at what was there before.
+            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        with open(fd, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UsageError(f"{os.fspath(source)} is not a regular file")
+            with self.open(path) as out:
+                while block := self._read(file, source):
+                    out.write(block)
+
+    def _read(self, file: Any, source: str | os.PathLike[str]) -> bytes:
+        with mapped_errors(f"{os.fspath(source)}"):
+            block: bytes = file.read(self._engine.backend.capabilities.part_size)
+        return block
+
+    def add_tree(self, folder: str | os.PathLike[str], into: str = "") -> None:
+        """Copy all files below `folder` into the checkpoint, below `into` if given. Empty folders are not kept.
+
+        Raises:
+            UsageError: `folder` is no folder, or holds a link to a folder, or something that is neither file nor folder.
+        """
+        root = os.fspath(folder)
+        if not os.path.isdir(root):
+            raise UsageError(f"{root} is not a folder")
+        with mapped_errors(root):
+            for parent, folders, files in os.walk(root, onerror=_raise):
+                folders.sort()
+                for name in folders:
+                    if os.path.islink(os.path.join(parent, name)):
+                        raise UsageError(f"{os.path.join(parent, name)} links to a folder; add what it points to by itself")
+                for name in sorted(files):
+                    source = os.path.join(parent, name)
+                    inside = os.path.relpath(source, root).replace(os.sep, "/")
+                    self.add_file(f"{into}/{inside}" if into else inside, source)
+
+    def open(self, path: str, mode: str = "wb") -> TransactionFile:
+        """Open a new file of the checkpoint for writing bytes.
+
+        Raises:
+            InvalidName: not a relative path, or taken.
+        """
+        if self._state != "open":
+            raise UsageError("the transaction is not open; use it in a with block")
+        if mode != "wb":
+            raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
+        key = file_key(check_path(path))
+        for taken in (*self._sinks, *(f.key for f in self._files.values())):
+            if taken == key or taken.startswith(key + "/") or key.startswith(taken + "/"):
+                raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
+        backend = self._engine.backend
+        writer = backend.open_writer(data_key(self.id, key))
+        sink = FileSink(path, writer, self._engine.workers, backend.capabilities.part_size)
+        self._sinks[key] = sink
+        return TransactionFile(self, sink)
+
+    def _complete(self, sink: FileSink) -> None:
+        try:
+            entry = sink.close()
+        except BaseException:
+            self._spoil(f"{sink.path} could not be written")
+            raise
+        self._files[sink.path] = entry
+        del self._sinks[entry.key]
+        self._written.append(sink.writer)
+        if len(self._written) >= _OPEN_FILES:
+            self._finish_written()
+
+    def _spoil(self, reason: str) -> None:
+        self._spoilt = self._spoilt or reason
+
+    def _finish_written(self) -> None:
+        for _ in self._engine.workers.map(lambda writer: writer.finish(), self._written):
+            pass
+        self._written.clear()
+
+    def _make_durable(self) -> tuple[Manifest, bytes]:
+        if self._spoilt:
+            raise UsageError(f"nothing was published: {self._spoilt}")
+        if self._sinks:
+            names = ", ".join(sink.path for sink in self._sinks.values())
+            raise UsageError(f"nothing was published: still open at the end of the transaction: {names}")
+        manifest = Manifest(
+            id=self.id,
+            name=self._draft.name,
+            step=self._draft.step,
+            created=time.time(),
+            files=tuple(self._files.values()),
+            metrics=self._draft.metrics,
+            metadata=self._draft.metadata,
+            sampler=self._draft.sampler,
+            unsafe=self._unsafe,
+            writer=self._versions,
+        )
+        data = encode(manifest)
+        writer = self._engine.backend.open_writer(data_key(self.id, MANIFEST))
+        self._written.append(writer)
+        writer.write(0, memoryview(data))
+        # The order among them does not matter: all are durable before the record is created, and only that commits.
+        self._finish_written()
+        return manifest, data
+
+    def _commit(self, manifest: Manifest, data: bytes) -> None:
+        entry = Entry(
+            id=self.id,
+            step=manifest.step,
+            name=manifest.name,
+            created=manifest.created,
+            nbytes=manifest.nbytes,
+            manifest=sha256(data),
+            metrics=manifest.metrics,
+        )
+
+        def publish(state: Record) -> Record:
+            state = self._engine.write_down(state)
+            state = replace(state, checkpoints=(*state.checkpoints, entry), names={**state.names, entry.name: entry.id})
+            return state.without(expired(state, self._retention))
+
+        keys = [data_key(self.id, f.key) for f in manifest.files] + [data_key(self.id, MANIFEST)]
+        self._engine.remember_keys(self.id, keys)
+        try:
+            record = self._writer.commit(publish, new_op(), self._epoch)
+        except CommitUnknown:
+            raise  # it may have been committed: its data stays
+        except CkptStoreError:
+            self._discard()
+            raise
+        self._checkpoint = Checkpoint(self._engine, entry, manifest)
+        self._engine.delete_retired(record.retired)
+
+    def _discard(self) -> None:
+        """Drop everything: it is proven that this id was not and will not be committed. What fails here is collected by a later job."""
+        for sink in self._sinks.values():
+            sink.abort()
+        for writer in self._written:
+            writer.abort()
+        try:
+            if self._files or self._sinks:
+                self._engine.delete_data(self.id)
+        except CkptStoreError:
+            pass
+
+
+def _raise(error: OSError) -> None:
+    raise error
