@@ -156,7 +156,7 @@ class Checkpoint:
             Damaged: a file is not what was committed; it does not appear.
         """
         root = Path(folder)
-        with mapped_errors(str(root)):
+        with mapped_errors("write", str(root)):
             for entry in self.manifest.files:
                 if os.path.lexists(root / entry.path):
                     raise AlreadyExists(f"{root / entry.path} exists already; give an empty folder")

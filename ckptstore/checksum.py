@@ -18,7 +18,7 @@ def crc64nvme(data: bytes | bytearray | memoryview) -> int:
     """Return the CRC-64/NVME of `data` as an unsigned 64-bit number."""
     from awscrt import checksums
 
-    return checksums.crc64nvme(data)  # type: ignore[arg-type]  # takes any C-contiguous buffer
+    return int(checksums.crc64nvme(data))
 
 
 def combine(chunks: Iterable[tuple[int, int]]) -> int:
@@ -28,7 +28,7 @@ def combine(chunks: Iterable[tuple[int, int]]) -> int:
     whole = 0  # the CRC of nothing
     for length, crc in chunks:
         whole = checksums.combine_crc64nvme(whole, crc, length)
-    return whole
+    return int(whole)
 
 
 def sha256(data: bytes) -> str:

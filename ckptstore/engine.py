@@ -39,7 +39,9 @@ class Engine:
         for message in head.damaged:
             if message not in self._warned:
                 self._warned.add(message)
-                warnings.warn(f"{self.backend.url}: {message}; using commit record {head.record.n}", FallbackWarning, stacklevel=4)
+                warnings.warn(
+                    f"{self.backend.url}: {message}; using commit record {head.record.n}", FallbackWarning, stacklevel=4
+                )
         return head
 
     def manifest(self, entry: Entry) -> Manifest:

@@ -26,7 +26,9 @@ _PAST_OWNERS = 64
 class Writer:
     """The right of one `Store` to change a store. Thread-safe."""
 
-    def __init__(self, backend: Backend, log: Log, *, owner: str | None, cooperate: bool, single_writer: bool, epoch: int | None = None) -> None:
+    def __init__(
+        self, backend: Backend, log: Log, *, owner: str | None, cooperate: bool, single_writer: bool, epoch: int | None = None
+    ) -> None:
         self._backend = backend
         self._log = log
         self._owner = owner
@@ -68,7 +70,9 @@ class Writer:
         if state.owner == self.owner and not head.damaged:
             return None
         if self.owner in state.past_owners:
-            raise Fenced(f"this launch ({self.owner}) owned the store before, and {state.owner} has acquired it since; stop this job")
+            raise Fenced(
+                f"this launch ({self.owner}) owned the store before, and {state.owner} has acquired it since; stop this job"
+            )
         spared = state.spared
         if head.damaged:
             # A damaged record may have committed a checkpoint, and may have been an acquisition itself: its data is kept, and the
@@ -120,13 +124,19 @@ class Writer:
 
     def _check(self, head: Head, epoch: int | None) -> None:
         if head.damaged:
-            raise DamagedRecord(f"{head.damaged[0]}. Nothing was changed; the next job that resumes or acquires the store passes it over")
+            raise DamagedRecord(
+                f"{head.damaged[0]}. Nothing was changed; the next job that resumes or acquires the store passes it over"
+            )
         state = head.record
-        if epoch is None or state.epoch == epoch and (self._cooperate or state.owner == self.owner):
+        if epoch is None or (state.epoch == epoch and (self._cooperate or state.owner == self.owner)):
             return
         if self._cooperate:
-            raise Fenced(f"{state.owner} acquired the store while this was being written, and may have collected the data; save again")
-        self._fenced = f"{state.owner} has acquired the store (epoch {state.epoch}, this job has {epoch}); nothing was published; stop this job"
+            raise Fenced(
+                f"{state.owner} acquired the store while this was being written, and may have collected the data; save again"
+            )
+        self._fenced = (
+            f"{state.owner} has acquired the store (epoch {state.epoch}, ours is {epoch}); nothing was published; stop this job"
+        )
         raise Fenced(self._fenced)
 
     def _check_backend(self) -> None:

@@ -39,7 +39,9 @@ def find_garbage(backend: Backend, head: Head) -> Garbage:
     """
     state = head.record
     if head.damaged:
-        raise DamagedRecord(f"{head.damaged[0]}. Nothing was collected; the next job that resumes or acquires the store passes it over")
+        raise DamagedRecord(
+            f"{head.damaged[0]}. Nothing was collected; the next job that resumes or acquires the store passes it over"
+        )
     kept = {e.id for e in state.checkpoints}
     retired, spared = set(state.retired), set(state.spared)
     keys: list[str] = []

@@ -116,7 +116,9 @@ class Log:
                 record = replace(draft, n=head.slot + 1, op=op, prev=head.digest)
                 data = encode(record)
                 if len(data) > RECORD_LIMIT:
-                    raise BackendError(f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some")
+                    raise BackendError(
+                        f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some"
+                    )
                 if self._create(record.n, data, op):
                     self._head = Head(record.n, record, sha256(data))
                     self._sizes[record.n] = (len(data), op)
@@ -124,7 +126,9 @@ class Log:
                     return record
                 head = self.head()
                 if head.slot < record.n:
-                    raise CommitUnknown(f"slot {record.n} was taken and then not found; the storage contradicts itself", op, record.n)
+                    raise CommitUnknown(
+                        f"slot {record.n} was taken and then not found; the storage contradicts itself", op, record.n
+                    )
 
     def took_effect(self, op: str, slot: int) -> bool | None:
         """Say whether operation `op` took slot `slot`: None while the slot is free, so that it still may.
@@ -227,7 +231,7 @@ class Log:
         if old < 1:
             return
         with suppress(CkptStoreError):
-            size, op = self._sizes.pop(old, None) or self._size_and_op(old)
+            size, op = self._sizes.pop(old) if old in self._sizes else self._size_and_op(old)
             if size > _SHRINK_ABOVE:
                 self._backend.replace(slot_key(old), encode_tombstone(old, op))
 

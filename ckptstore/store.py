@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,21 +14,17 @@ from .engine import Engine
 from .envelope import JSON
 from .epoch import Writer
 from .errors import (
-    CheckpointNotFound,
     CommitUnknown,
-    Damaged,
     DamagedManifest,
     DamagedRecord,
-    FallbackWarning,
-    NotFound,
     StateMismatch,
-    StoreNotFound,
     StoreWarning,
     UsageError,
 )
 from .gc import Garbage, find_garbage, unfinished_records
-from .log import Head, new_op
-from .naming import check_name, check_step, is_id
+from .log import new_op
+from .lookup import existing, find, first_whole
+from .naming import check_name
 from .options import split_options
 from .record import Entry, Record
 from .registry import backend_class
@@ -61,7 +56,9 @@ class Store:
     def __init__(self, url: str | os.PathLike[str], *, acquire: bool = True, owner: str | None = None, **options: Any) -> None:
         self._setup(url, acquire, owner, options, None)
 
-    def _setup(self, url: str | os.PathLike[str], acquire: bool, owner: str | None, options: Mapping[str, Any], epoch: int | None) -> None:
+    def _setup(
+        self, url: str | os.PathLike[str], acquire: bool, owner: str | None, options: Mapping[str, Any], epoch: int | None
+    ) -> None:
         if owner is not None and (not isinstance(owner, str) or not 0 < len(owner) <= 512):
             raise UsageError("owner must be a text of 1 to 512 characters")
         parsed = parse_url(url)
@@ -71,7 +68,9 @@ class Store:
         backend = backend_type.open(parsed.location, rest)
         self._arguments = (url, acquire, options)
         self._engine = Engine(backend)
-        self._writer = Writer(backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=single_writer, epoch=epoch)
+        self._writer = Writer(
+            backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=single_writer, epoch=epoch
+        )
         self._acquired = epoch is not None
 
     # --- writing
@@ -158,11 +157,11 @@ class Store:
             if rescued is not None and rescued.id in state.spared:
                 spared = tuple(i for i in state.spared if i != rescued.id)
                 state = replace(state, checkpoints=(*state.checkpoints, rescued), spared=spared)
-            entry = self._find(state, wanted, None)
+            entry = find(self.url, state, wanted)
             return replace(state, names={**state.names, name: entry.id})
 
         record = self._writer.commit(change, new_op())
-        return Checkpoint(self._engine, self._find(record, name, None))
+        return Checkpoint(self._engine, find(self.url, record, name))
 
     def delete(self, target: str | int | Checkpoint) -> None:
         """Delete a checkpoint, given by id, as a `Checkpoint`, or by its name.
@@ -180,7 +179,7 @@ class Store:
             state = self._engine.write_down(state)
             if wanted in state.spared:
                 return replace(state, spared=tuple(i for i in state.spared if i != wanted), retired=(*state.retired, wanted))
-            entry = self._find(state, wanted, None)
+            entry = find(self.url, state, wanted)
             others = {n: i for n, i in state.names.items() if n != wanted}
             if wanted in state.names and entry.id in others.values():
                 return replace(state, names=others)
@@ -239,8 +238,8 @@ class Store:
     ) -> Any:
         """Return a saved object, every byte checked before it was parsed.
 
-        By name ("latest" if nothing is given), a damaged checkpoint is passed over, with a `FallbackWarning`, for the newest older one that was
-        saved under that name and is whole. By id, `Checkpoint` or `step` there is no falling back.
+        By name ("latest" if nothing is given), a damaged checkpoint is passed over, with a `FallbackWarning`, for the newest older one
+        that was saved under that name and is whole. By id, `Checkpoint` or `step` there is no falling back.
 
         Raises:
             CheckpointNotFound, StoreNotFound
@@ -253,7 +252,7 @@ class Store:
 
         if isinstance(target, Checkpoint):
             target = target.id
-        return self._first_whole(target, step, read)[1]
+        return first_whole(self._engine, target, step, read)[1]
 
     def resume(
         self,
@@ -297,7 +296,7 @@ class Store:
             saved = checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
             return state, saved
 
-        checkpoint, (state, saved_rng) = self._first_whole(check_name(name), None, read)
+        checkpoint, (state, saved_rng) = first_whole(self._engine, check_name(name), None, read)
         self._restore_sampler(checkpoint, sampler)
         snapshot.restore(objects, state)
         if saved_rng is not None:
@@ -312,7 +311,7 @@ class Store:
         Raises:
             CheckpointNotFound, StoreNotFound
         """
-        return Checkpoint(self._engine, self._find(self._state(), target, step))
+        return Checkpoint(self._engine, find(self.url, existing(self._engine).record, target, step))
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return all checkpoints, oldest first."""
@@ -373,72 +372,7 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(**state)
 
-    # --- finding
-
-    def _state(self) -> Record:
-        head = self._engine.head()
-        if not head.slot:
-            raise StoreNotFound(f"there is no store at {self.url} yet: nothing has been saved there; check the path")
-        return head.record
-
-    def _find(self, state: Record, target: str | None, step: int | None) -> Entry:
-        if step is not None:
-            if target is not None:
-                raise UsageError("give a name or id, or step=, not both")
-            check_step(step)
-            entry = next((e for e in reversed(state.checkpoints) if e.step == step), None)
-            if entry is None:
-                steps = ", ".join(str(e.step) for e in state.checkpoints[-8:] if e.step is not None) or "none"
-                raise CheckpointNotFound(f"{self.url} keeps no checkpoint of step {step}; newest kept steps: {steps}")
-            return entry
-        wanted = "latest" if target is None else target
-        if not isinstance(wanted, str):
-            raise UsageError(f"a checkpoint is named by a str, or by step=, not by {type(wanted).__name__}")
-        entry = state.entry(state.names.get(wanted, wanted))
-        if entry is None:
-            if is_id(wanted):
-                raise CheckpointNotFound(f"{self.url} does not keep {wanted}; it may have been pruned")
-            near = difflib.get_close_matches(wanted, state.names, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(state.names)[:20]) or 'no names'}"
-            raise CheckpointNotFound(f"{self.url} has no checkpoint named {wanted!r:.200}; {hint}")
-        return entry
-
-    def _first_whole(self, target: str | None, step: int | None, read: Callable[[Checkpoint], Any]) -> tuple[Checkpoint, Any]:
-        """Read the wanted checkpoint, or, by name, the newest whole one saved under that name; return it and what `read` made of it."""
-        while True:
-            head = self._engine.head()
-            state = self._state()
-            wanted = self._find(state, target, step)
-            candidates = [wanted]
-            if step is None and wanted.id != target:
-                before = state.checkpoints[: state.checkpoints.index(wanted)]
-                name = "latest" if target is None else target
-                candidates += [e for e in reversed(before) if e.name == name]
-            problem: Exception | None = None
-            for entry in candidates:
-                checkpoint = Checkpoint(self._engine, entry)
-                try:
-                    result = read(checkpoint)
-                except (Damaged, NotFound) as exc:
-                    if not isinstance(exc, Damaged) or self._pruned_meanwhile(head, entry):
-                        problem = exc
-                        break
-                    self._engine.verdicts[entry.id] = False
-                    problem = problem or exc
-                    if entry is not candidates[-1]:
-                        message = f"{self.url}: checkpoint {entry.id} (step {entry.step}) is damaged: {exc}; falling back to an older one"
-                        warnings.warn(message, FallbackWarning, stacklevel=4)
-                    continue
-                self._engine.verdicts[entry.id] = True
-                return checkpoint, result
-            assert problem is not None
-            if self._pruned_meanwhile(head, wanted) and step is None and wanted.id != target:
-                continue  # the name has moved on while we read: read what it points to now
-            raise problem
-
-    def _pruned_meanwhile(self, head: Head, entry: Entry) -> bool:
-        now = self._engine.log.head()
-        return now.slot != head.slot and now.record.entry(entry.id) is None
+    # --- parts of the above
 
     def _restore_sampler(self, checkpoint: Checkpoint, sampler: Any) -> None:
         saved = checkpoint.sampler_state

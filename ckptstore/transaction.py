@@ -180,7 +180,9 @@ class Transaction:
         self._versions["torch"] = torch.__version__
         if unsafe:
             self._unsafe[path] = list(unsafe)
-            message = f"{path} holds {', '.join(unsafe)}, which can only be loaded with weights_only=False; save plain tensors and containers"
+            message = (
+                f"{path} holds {', '.join(unsafe)}, which only weights_only=False will load; save tensors and plain containers"
+            )
             warnings.warn(message, WeightsOnlyWarning, stacklevel=3)
 
     def save_rng(self) -> None:
@@ -191,7 +193,7 @@ class Transaction:
 
     def add_file(self, path: str, source: str | os.PathLike[str]) -> None:
         """Copy the file `source` into the checkpoint as `path`. A symbolic link is followed; anything but a regular file is refused."""
-        with mapped_errors(f"{os.fspath(source)}"):
+        with mapped_errors("read", os.fspath(source)):
             # Never blocks on a FIFO, and looks at what was opened, not at what was there before.
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
         with open(fd, "rb", buffering=0) as file:
@@ -202,7 +204,7 @@ class Transaction:
                     out.write(block)
 
     def _read(self, file: Any, source: str | os.PathLike[str]) -> bytes:
-        with mapped_errors(f"{os.fspath(source)}"):
+        with mapped_errors("read", os.fspath(source)):
             block: bytes = file.read(self._engine.backend.capabilities.part_size)
         return block
 
@@ -215,7 +217,7 @@ class Transaction:
         root = os.fspath(folder)
         if not os.path.isdir(root):
             raise UsageError(f"{root} is not a folder")
-        with mapped_errors(root):
+        with mapped_errors("read", root):
             for parent, folders, files in os.walk(root, onerror=_raise):
                 folders.sort()
                 for name in folders:

@@ -1,0 +1,106 @@
+"""Finding checkpoints: by name, id or step, and the newest whole one when some are damaged."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from .checkpoint import Checkpoint
+from .engine import Engine
+from .errors import CheckpointNotFound, Damaged, FallbackWarning, NotFound, StoreNotFound, UsageError
+from .log import Head
+from .naming import check_step, is_id
+from .record import Entry, Record
+
+__all__ = ["existing", "find", "first_whole"]
+
+_R = TypeVar("_R")
+
+
+def existing(engine: Engine) -> Head:
+    """Return the newest state of a store that exists. Raises `StoreNotFound`."""
+    head = engine.head()
+    if not head.slot:
+        raise StoreNotFound(f"there is no store at {engine.backend.url} yet: nothing has been saved there; check the path")
+    return head
+
+
+def find(url: str, state: Record, target: str | None, step: int | None = None) -> Entry:
+    """Return the entry for a name ("latest" if nothing is given), an id, or a step (the newest with that step).
+
+    Raises:
+        CheckpointNotFound: says what there is.
+        UsageError: both, or something that is no text.
+    """
+    if step is not None:
+        return _find_step(url, state, target, step)
+    wanted = "latest" if target is None else target
+    if not isinstance(wanted, str):
+        raise UsageError(f"a checkpoint is named by a str, or by step=, not by {type(wanted).__name__}")
+    entry = state.entry(state.names.get(wanted, wanted))
+    if entry is not None:
+        return entry
+    if is_id(wanted):
+        raise CheckpointNotFound(f"{url} does not keep {wanted}; it may have been pruned")
+    near = difflib.get_close_matches(wanted, state.names, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(state.names)[:20]) or 'no names'}"
+    raise CheckpointNotFound(f"{url} has no checkpoint named {wanted!r:.200}; {hint}")
+
+
+def _find_step(url: str, state: Record, target: str | None, step: int) -> Entry:
+    if target is not None:
+        raise UsageError("give a name or id, or step=, not both")
+    check_step(step)
+    entry = next((e for e in reversed(state.checkpoints) if e.step == step), None)
+    if entry is None:
+        steps = ", ".join(str(e.step) for e in state.checkpoints[-8:] if e.step is not None) or "none"
+        raise CheckpointNotFound(f"{url} keeps no checkpoint of step {step}; newest kept steps: {steps}")
+    return entry
+
+
+def first_whole(engine: Engine, target: str | None, step: int | None, read: Callable[[Checkpoint], _R]) -> tuple[Checkpoint, _R]:
+    """Read the wanted checkpoint, or, by name, the newest whole one saved under that name; return it and what `read` made of it.
+
+    Raises:
+        Damaged: the first damage met, when nothing whole is left.
+    """
+    url = engine.backend.url
+    while True:
+        head = existing(engine)
+        wanted = find(url, head.record, target, step)
+        by_name = step is None and wanted.id != target
+        problem: Damaged | NotFound | None = None
+        for entry in [wanted, *(_older(head.record, wanted, target or "latest") if by_name else [])]:
+            if problem is not None:
+                warnings.warn(f"{url}: {problem}; falling back to {entry.id} (step {entry.step})", FallbackWarning, stacklevel=4)
+            checkpoint = Checkpoint(engine, entry)
+            try:
+                result = read(checkpoint)
+            except NotFound as exc:  # no such file in it
+                problem = exc
+                break
+            except Damaged as exc:
+                if _pruned_since(engine, head, entry):
+                    problem = CheckpointNotFound(f"{entry.id} was pruned while it was being read")
+                    break
+                engine.verdicts[entry.id] = False
+                problem = exc
+                continue
+            engine.verdicts[entry.id] = True
+            return checkpoint, result
+        assert problem is not None  # the loop ran at least once
+        if not (by_name and _pruned_since(engine, head, wanted)):
+            raise problem
+        # The name has moved on while we read: read what it points to now.
+
+
+def _older(state: Record, wanted: Entry, name: str) -> list[Entry]:
+    before = state.checkpoints[: state.checkpoints.index(wanted)]
+    return [e for e in reversed(before) if e.name == name]
+
+
+def _pruned_since(engine: Engine, head: Head, entry: Entry) -> bool:
+    now = engine.log.head()
+    return now.slot != head.slot and now.record.entry(entry.id) is None
