@@ -1,0 +1,339 @@
+"""Small durable steps on a POSIX file system, and its errors as ours."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+from .errors import (
+    AlreadyExists,
+    Ambiguous,
+    BackendError,
+    CkptStoreError,
+    NoAtomicCreate,
+    NotFound,
+    PermissionDenied,
+    StorageFull,
+)
+
+__all__ = [
+    "PARTIAL",
+    "Folders",
+    "NewFile",
+    "create_temp",
+    "fsync_dir",
+    "link_new",
+    "make_dirs",
+    "mapped_errors",
+    "nearest_existing",
+    "read_full",
+    "typed_error",
+    "write_all",
+    "wrong_kind",
+]
+
+PARTIAL = ".partial"
+"""Names of unfinished files end in this; no finished file's name does."""
+
+_FULL = "free space, inodes or quota there, or use another disk, and try again"
+_HINTS: dict[int, tuple[type[BackendError], str]] = {
+    errno.ENOSPC: (StorageFull, _FULL),
+    errno.EDQUOT: (StorageFull, _FULL),
+    errno.EFBIG: (
+        StorageFull,
+        "the file is larger than the file system or 'ulimit -f' allows; raise the limit or save smaller files",
+    ),
+    errno.EACCES: (PermissionDenied, "give this user the right to it, or use another folder"),
+    errno.EPERM: (PermissionDenied, "give this user the right to it (see also lsattr), or use another folder"),
+    errno.EROFS: (PermissionDenied, "the file system is mounted read-only; remount it, or use another one"),
+    errno.EMFILE: (BackendError, "raise the limit with 'ulimit -n', or close files"),
+    errno.EIO: (BackendError, "the disk failed: look at the kernel's log, and use another disk"),
+}
+_DEFAULT_HINT = (BackendError, "check the folder and try again")
+
+# errno values with which link() and rename() refuse before they change anything. Any other may come after the fact.
+_REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EBADF,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EMLINK,
+        errno.ENAMETOOLONG,
+    }
+    | {errno.ENOENT, errno.ENOSPC, errno.ENOSYS, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EPERM, errno.EROFS, errno.EXDEV}
+)
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_RENAME_NOREPLACE = 1  # <linux/fs.h>
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def typed_error(exc: OSError, doing: str, path: str | None = None, *, absent: bool = False) -> CkptStoreError:
+    """Return our error for `exc`, met while `doing` something ("write") to `path`. See `mapped_errors`."""
+    path = path or exc.filename or ""
+    if absent and exc.errno == errno.ENOENT:
+        return NotFound(exc.errno, "there is no such file", path)
+    kind, hint = _HINTS.get(exc.errno or 0, _DEFAULT_HINT)
+    return kind(exc.errno or errno.EIO, f"could not {doing}: {exc.strerror or exc}; {hint}", path)
+
+
+@contextmanager
+def mapped_errors(doing: str, path: str | None = None, *, absent: bool = False) -> Iterator[None]:
+    """Turn any OSError of the block into ours, with errno kept, `path` (else the error's own) as its filename, and the original as cause.
+
+    With `absent`, ENOENT means that the file itself is proven not to be there.
+
+    Raises:
+        StorageFull: ENOSPC, EDQUOT, EFBIG.
+        PermissionDenied: EACCES, EPERM, EROFS.
+        NotFound: ENOENT, if `absent`.
+        BackendError: everything else.
+    """
+    try:
+        yield
+    except CkptStoreError:
+        raise
+    except OSError as exc:
+        raise typed_error(exc, doing, path, absent=absent) from exc
+
+
+def wrong_kind(path: str, mode: int) -> BackendError:
+    """Return the error for an entry whose `st_mode` is not of the kind that belongs at `path`."""
+    if stat.S_ISLNK(mode):
+        return BackendError(errno.ELOOP, "this is a symbolic link, and links inside a store are never followed; remove it", path)
+    if stat.S_ISDIR(mode):
+        return BackendError(errno.EISDIR, "this is a folder where a file should be; move it away", path)
+    if stat.S_ISREG(mode):
+        return BackendError(errno.ENOTDIR, "this is a file, not a folder; move it away or use another path", path)
+    return BackendError(errno.EINVAL, "this is a FIFO, a socket or a device; remove it", path)
+
+
+def nearest_existing(path: str) -> str:
+    """Return `path`, or the nearest folder above it that has an entry (which may be a dangling link)."""
+    while not os.path.lexists(path) and (above := os.path.dirname(path)) != path:
+        path = above
+    return path
+
+
+def write_all(fd: int, offset: int, view: memoryview) -> None:
+    """Write all of `view` (C-contiguous, any format) at byte `offset`. Python itself repeats calls that a signal interrupted (PEP 475)."""
+    if not view.nbytes:
+        return
+    view = view.cast("B")
+    while view.nbytes:
+        written = os.pwrite(fd, view, offset)  # Linux moves at most 0x7ffff000 bytes per call
+        if not written:
+            raise OSError(errno.EIO, "write accepted no bytes")
+        view = view[written:]
+        offset += written
+
+
+def read_full(fd: int, offset: int, view: memoryview) -> int:
+    """Fill `view` (C-contiguous, any format) from byte `offset`; return the bytes read, fewer only at the end of the file."""
+    if not view.nbytes:
+        return 0
+    view = view.cast("B")
+    done = 0
+    while done < view.nbytes and (got := os.preadv(fd, [view[done:]], offset + done)):
+        done += got
+    return done
+
+
+def fsync_dir(path: str) -> None:
+    """Flush the entries of the folder `path` to disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_dirs(path: str) -> list[str]:
+    """Make the folder `path` and those above it that are missing.
+
+    Returns:
+        The folders that must be flushed before anything below `path` is durable, from the top down: each new one (once it has
+        its entries) and the one that the first was made in. Empty if `path` was there.
+    """
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return []  # if this is no folder, the caller's open says so
+    except FileNotFoundError:
+        above = os.path.dirname(path)
+        if above == path:
+            raise
+        owed = make_dirs(above) or [above]
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            return owed  # somebody else has just made it, and may not have flushed it
+        return [*owed, path]
+    return [os.path.dirname(path), path]
+
+
+def create_temp(name: str, dir_fd: int, mode: int = 0o666) -> tuple[str, int]:
+    """Create an empty file beside `name` in the open folder; return its name and descriptor. `mode` is subject to the umask."""
+    # The final name is there for people who look; it is cut so that the whole stays below 255 bytes.
+    temp = f"{os.fsdecode(os.fsencode(name)[:200])}.{secrets.token_hex(8)}{PARTIAL}"
+    return temp, os.open(temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+
+
+def link_new(temp: str, name: str, dir_fd: int, path: str) -> None:
+    """Give the file `temp` the name `name` in the same open folder, unless that is taken. Not durable before the folder is flushed.
+
+    `temp` may or may not be there afterwards. `path` is for messages.
+
+    Raises:
+        AlreadyExists: `name` is taken.
+        NoAtomicCreate: the file system has neither hard links nor a rename that never replaces.
+        Ambiguous: the answer leaves open whether it happened.
+        OSError: it did not happen.
+    """
+    try:
+        try:
+            os.link(temp, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            _rename_new(temp, name, dir_fd, path)
+    except FileExistsError as exc:
+        raise AlreadyExists(errno.EEXIST, "it exists already, and was left as it is", path) from exc
+    except OSError as exc:
+        if exc.errno in _REFUSED or isinstance(exc, CkptStoreError):
+            raise
+        raise Ambiguous(exc.errno, f"could not learn whether it was created: {exc.strerror}; look again later", path) from exc
+
+
+def _rename_new(temp: str, name: str, dir_fd: int, path: str) -> None:
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux; glibc 2.28, musl 1.2.6
+    except AttributeError:
+        code = errno.ENOSYS
+    else:
+        if renameat2(dir_fd, os.fsencode(temp), dir_fd, os.fsencode(name), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+        why = "this file system has neither hard links nor a rename that never replaces, so two jobs could both believe they committed"
+        raise NoAtomicCreate(code, f"{why}; put the store on another file system", path)
+    raise OSError(code, os.strerror(code), name)
+
+
+class Folders:
+    """Open folders from a root down to the one that holds a key, each opened relative to the one above and never through a link."""
+
+    def __init__(self, root: str, root_fd: int) -> None:
+        self.paths = [root]
+        self.fds = [root_fd]
+
+    @property
+    def fd(self) -> int:
+        """The innermost folder."""
+        return self.fds[-1]
+
+    def descend(self, name: str) -> None:
+        """Go into folder `name` of the innermost one, and let go of the ones above. Raises FileNotFoundError if it is not there."""
+        fd = self._open(name)
+        self.close()
+        self.fds.append(fd)
+        self.paths[:] = [os.path.join(self.paths[-1], name)]
+
+    def make(self, name: str) -> bool:
+        """Go into folder `name` of the innermost one, making it if need be; return True if it was made. Those above stay open."""
+        made = False
+        try:
+            fd = self._open(name)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                os.mkdir(name, dir_fd=self.fd)
+                made = True
+            fd = self._open(name)
+        self.fds.append(fd)
+        self.paths.append(os.path.join(self.paths[-1], name))
+        return made
+
+    def identity(self, i: int) -> tuple[str, int, int]:
+        """Return what tells open folder number `i` from any other: its path, device and inode."""
+        found = os.fstat(self.fds[i])
+        return self.paths[i], found.st_dev, found.st_ino
+
+    def _open(self, name: str) -> int:
+        try:
+            return os.open(name, _FOLDER, dir_fd=self.fd)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+                mode = os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode
+                raise wrong_kind(os.path.join(self.paths[-1], name), mode) from exc
+            raise
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+    def __enter__(self) -> Folders:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class NewFile:
+    """An unfinished file under a temporary name in the folder where it belongs."""
+
+    def __init__(self, folders: Folders, name: str, path: str) -> None:
+        self.folders = folders
+        self.name = name
+        self.path = path
+        self.temp, self.fd = create_temp(name, folders.fd)
+        self._id = os.fstat(self.fd)
+
+    def publish(self) -> None:
+        """Give it its final name, which must be free. Raises as `link_new`."""
+        link_new(self.temp, self.name, self.folders.fd, self.path)
+        self._drop_temp()
+
+    def withdraw(self) -> bool:
+        """Take the final name away again if it is ours; return False if that cannot be done."""
+        try:
+            if os.path.samestat(self._id, os.stat(self.name, dir_fd=self.folders.fd, follow_symlinks=False)):
+                os.unlink(self.name, dir_fd=self.folders.fd)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def close_file(self) -> None:
+        """Close the descriptor; a late write error may surface here (EIO, EDQUOT)."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _drop_temp(self) -> None:
+        with suppress(OSError):  # gone already, or litter for the garbage collection: never a reason to fail
+            os.unlink(self.temp, dir_fd=self.folders.fd)
+
+    def close(self) -> None:
+        """Remove the temporary name and release every descriptor. Idempotent; never raises for what the disk does."""
+        if not self.folders.fds:
+            return
+        with suppress(OSError):
+            self.close_file()
+        self._drop_temp()
+        self.folders.close()
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
