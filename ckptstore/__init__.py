@@ -14,80 +14,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .errors import (
-    AlreadyExists,
-    Ambiguous,
-    BackendError,
-    CheckpointNotFound,
-    CkptStoreError,
-    CommitUnknown,
-    Damaged,
-    DamagedFile,
-    DamagedManifest,
-    DamagedRecord,
-    FallbackWarning,
-    Fenced,
-    InvalidName,
-    InvalidOption,
-    InvalidURL,
-    NewerFormat,
-    NoAtomicCreate,
-    NotFound,
-    NotSerializable,
-    PermissionDenied,
-    StateMismatch,
-    StorageFull,
-    StoreNotFound,
-    StoreWarning,
-    UnknownScheme,
-    UnsafeContent,
-    UsageError,
-    WeightsOnlyWarning,
-)
+from . import errors
+from .errors import *  # noqa: F403  (every error there is public)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdvancedTooFarError",
-    "AlreadyExists",
-    "Ambiguous",
-    "BackendError",
     "Checkpoint",
-    "CheckpointNotFound",
-    "CkptStoreError",
-    "CommitUnknown",
-    "Damaged",
-    "DamagedFile",
-    "DamagedManifest",
-    "DamagedRecord",
-    "FallbackWarning",
-    "Fenced",
     "HasNotResetProgressError",
     "InterruptableDistributedGroupedBatchSampler",
     "InterruptableDistributedSampler",
     "InterruptableSampler",
-    "InvalidName",
-    "InvalidOption",
-    "InvalidURL",
-    "NewerFormat",
-    "NoAtomicCreate",
-    "NotFound",
-    "NotSerializable",
-    "PermissionDenied",
     "SamplerMismatch",
-    "StateMismatch",
-    "StorageFull",
     "Store",
-    "StoreNotFound",
-    "StoreWarning",
     "Transaction",
-    "UnknownScheme",
-    "UnsafeContent",
-    "UsageError",
-    "WeightsOnlyWarning",
     "__version__",
     "atomic_torch_save",
 ]
+__all__ += errors.__all__
 
 # Type checkers read the first branch and so know every name; with a module-level __getattr__ they would let any typo pass.
 if TYPE_CHECKING:
