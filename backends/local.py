@@ -19,7 +19,6 @@ from ckptstore.posix import (
     Folders,
     NewFile,
     fsync_dir,
-    make_dirs,
     mapped_errors,
     nearest_existing,
     read_full,
@@ -187,10 +186,9 @@ class LocalBackend:
         try:
             os.unlink(name, dir_fd=dir_fd)
         except OSError as exc:  # of a folder: EISDIR on Linux, EPERM elsewhere
-            if exc.errno in (errno.EISDIR, errno.EPERM) and stat.S_ISDIR(
-                os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode
-            ):
-                raise wrong_kind(path, stat.S_IFDIR) from exc
+            mode = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                raise wrong_kind(path, mode) from exc
             raise
 
     def _prune(self, parent: Sequence[str]) -> None:
@@ -233,7 +231,7 @@ class LocalBackend:
                 raise BackendError(errno.ENOENT, "this link points to nothing; is its disk mounted?", nearest) from exc
             if not create:
                 raise
-            make_dirs(self.root)
+            os.makedirs(self.root, exist_ok=True)
             return os.open(self.root, flags)
         except NotADirectoryError as exc:
             nearest = nearest_existing(self.root)
@@ -296,7 +294,9 @@ class LocalBackend:
             try:
                 fsync_dir(path)
             except PermissionError:
-                return  # we may not read it, so we have hardly made anything in it
+                if os.access(path, os.W_OK):
+                    raise
+                return  # nor may we write to it, so nothing that is missing there was made by us
 
 
 class _LocalWriter:
@@ -345,12 +345,12 @@ class _LocalWriter:
                 new.close_file()
                 os.fsync(new.folders.fd)
                 self._backend._settle(new.folders)
-                self._state = "done"
             except BaseException as exc:
                 if not new.withdraw() and isinstance(exc, OSError):
                     why = f"could not be made durable ({exc.strerror}), nor be removed again; save once more under another name"
                     raise Ambiguous(exc.errno, why, new.path, durable=False) from exc
                 raise
+        self._state = "done"
         new.close()
 
     def abort(self) -> None:

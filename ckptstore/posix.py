@@ -29,7 +29,6 @@ __all__ = [
     "create_temp",
     "fsync_dir",
     "link_new",
-    "make_dirs",
     "mapped_errors",
     "nearest_existing",
     "read_full",
@@ -157,30 +156,6 @@ def fsync_dir(path: str) -> None:
         os.close(fd)
 
 
-def make_dirs(path: str) -> list[str]:
-    """Make the folder `path` and those above it that are missing.
-
-    Returns:
-        The folders that must be flushed before anything below `path` is durable, from the top down: each new one (once it has
-        its entries) and the one that the first was made in. Empty if `path` was there.
-    """
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        return []  # if this is no folder, the caller's open says so
-    except FileNotFoundError:
-        above = os.path.dirname(path)
-        if above == path:
-            raise
-        owed = make_dirs(above) or [above]
-        try:
-            os.mkdir(path)
-        except FileExistsError:
-            return owed  # somebody else has just made it, and may not have flushed it
-        return [*owed, path]
-    return [os.path.dirname(path), path]
-
-
 def create_temp(name: str, dir_fd: int, mode: int = 0o666) -> tuple[str, int]:
     """Create an empty file beside `name` in the open folder; return its name and descriptor. `mode` is subject to the umask."""
     # The final name is there for people who look; it is cut so that the whole stays below 255 bytes.
@@ -290,11 +265,11 @@ class Folders:
 class NewFile:
     """An unfinished file under a temporary name in the folder where it belongs."""
 
-    def __init__(self, folders: Folders, name: str, path: str) -> None:
+    def __init__(self, folders: Folders, name: str, path: str, mode: int = 0o666) -> None:
         self.folders = folders
         self.name = name
         self.path = path
-        self.temp, self.fd = create_temp(name, folders.fd)
+        self.temp, self.fd = create_temp(name, folders.fd, mode)
         self._id = os.fstat(self.fd)
 
     def publish(self) -> None:
