@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 HEAVY = ["asyncio", "awscrt", "fsspec", "numpy", "torch", "tqdm"]
 
-MAY_IMPORT_TORCH = {"archive", "atomic", "rng", "sampler", "snapshot", "torchfile"}
+MAY_IMPORT_TORCH = {"archive", "rng", "sampler", "snapshot", "torchfile"}
 """Children of ckptstore that are about torch; everything else works without importing it."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,16 @@ def look_around(store: ckptstore.Store, folder: Path) -> None:
         assert_type(ckpt, ckptstore.Checkpoint)
         assert_type(ckpt.id, str)
         assert_type(ckpt.step, int | None)
+        assert_type(ckpt.created, datetime)
         assert_type(ckpt.nbytes, int)
-        ckpt.verify()
+        assert_type(ckpt.files, dict[str, int])
+        assert_type(ckpt.metrics, dict[str, float])
+        if ckpt.verify():
+            store.delete(ckpt)
     store.checkpoint("latest").download(folder)
     with store.checkpoint(step=1000).open("model.pt") as f:
         assert_type(f.read(), bytes)
+    assert_type(store.names(), dict[str, str])
     store.delete("best")
     store.prune()
     store.gc()
