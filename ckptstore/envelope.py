@@ -49,7 +49,9 @@ def unseal(data: bytes, what: str) -> dict[str, JSON]:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise Damaged(f"{what} has no format number")
     if version > FORMAT:
-        raise NewerFormat(f"{what} has format {version}, and this ckptstore reads up to {FORMAT}; upgrade ckptstore. Nothing was changed.")
+        raise NewerFormat(
+            f"{what} has format {version}, and this ckptstore reads up to {FORMAT}; upgrade ckptstore. Nothing was changed."
+        )
     assert isinstance(value, dict)
     return value
 

@@ -8,8 +8,8 @@ that is a `CkptStoreError` (proven not to have happened).
 
 from __future__ import annotations
 
+import secrets
 import threading
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,13 +36,15 @@ _ATTEMPTS = 4
 """How often identical bytes are sent while the answer stays ambiguous."""
 _WHOLE = 8
 """The newest slots are kept whole: they are what a damaged newest record falls back to."""
+_HINT_EVERY = 16
+"""A hint that is this many slots behind costs a reader four more probes; a hint with every commit would cost every save a rename."""
 _SHRINK_ABOVE = 4096
 """Shrinking a record below one disk block frees nothing."""
 
 
 def new_op() -> str:
     """Return a new operation id."""
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 def slot_key(n: int) -> str:
@@ -225,8 +227,9 @@ class Log:
 
     def _tidy(self, n: int) -> None:
         """After commit `n`: leave a hint, and shrink one old slot. Both may fail or be lost without harm."""
-        with suppress(CkptStoreError):
-            self._backend.replace(_HINT, b"%d" % n)
+        if n % _HINT_EVERY == 0:
+            with suppress(CkptStoreError):
+                self._backend.replace(_HINT, b"%d" % n)
         old = n - _WHOLE
         if old < 1:
             return

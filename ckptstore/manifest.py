@@ -77,7 +77,8 @@ def encode(manifest: Manifest) -> bytes:
             "created": manifest.created,
             "checksum": ALGORITHM,
             "files": [
-                {"path": f.path, "size": f.size, "crc": _hex(f.crc), "chunks": [[n, _hex(c)] for n, c in f.chunks]} for f in manifest.files
+                {"path": f.path, "size": f.size, "crc": _hex(f.crc), "chunks": [[n, _hex(c)] for n, c in f.chunks]}
+                for f in manifest.files
             ],
             "metrics": {k: from_number(v) for k, v in manifest.metrics.items()},
             "metadata": manifest.metadata,

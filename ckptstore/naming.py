@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ID = re.compile(r"e(0|[1-9][0-9]{0,17})(-s(0|[1-9][0-9]{0,17}))?-[0-9a-f]{12}")
-_PLAIN = re.compile(rb"[A-Za-z0-9._-]")
+_PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def check_name(name: object) -> str:
@@ -84,16 +84,20 @@ def check_path(path: object) -> str:
         raise InvalidName(f"a file in a checkpoint is named by a relative path, not by {path!r:.100}")
     for segment in path.split("/"):
         if segment in ("", ".", "..") or any(ord(c) < 32 or ord(c) == 127 for c in segment):
-            raise InvalidName(f"{path!r:.200} cannot name a file in a checkpoint: give a relative path without empty, '.' or '..' parts")
+            raise InvalidName(
+                f"{path!r:.200} cannot name a file in a checkpoint: give a relative path without empty, '.' or '..' parts"
+            )
         if len(_escape(segment)) > 255:
             raise InvalidName(f"{path!r:.300} is too long to name a file in a checkpoint")
     return path
 
 
 def _escape(segment: str) -> str:
+    if _PLAIN.fullmatch(segment):
+        return segment
     # Surrogates stand for undecodable bytes in names that came from a directory; they survive the round trip.
     raw = segment.encode("utf-8", "surrogateescape")
-    return "".join(chr(b) if _PLAIN.match(bytes([b])) else f"={b:02X}" for b in raw)
+    return "".join(chr(b) if _PLAIN.fullmatch(chr(b)) else f"={b:02X}" for b in raw)
 
 
 def file_key(path: str) -> str:

@@ -38,7 +38,12 @@ def default_owner(environ: Mapping[str, str] = os.environ) -> str:
                 "give each launch an --rdzv-id of its own, or pass Store(..., owner=...)"
             )
     if "SLURM_JOB_ID" in environ:
-        parts = (environ["SLURM_JOB_ID"], environ.get("SLURM_STEP_ID", ""), environ.get("SLURM_RESTART_COUNT", "0"), restart or "")
+        parts = (
+            environ["SLURM_JOB_ID"],
+            environ.get("SLURM_STEP_ID", ""),
+            environ.get("SLURM_RESTART_COUNT", "0"),
+            restart or "",
+        )
         return f"slurm:{':'.join(parts)}"[:512]
     return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
 

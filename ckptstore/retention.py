@@ -66,7 +66,9 @@ def _by_rules(entries: Iterable[Entry], rules: Retention) -> set[str]:
         kept.update(e.id for e in entries if e.step is not None and e.step % rules.keep_every == 0)
     if rules.keep_best is not None and rules.best_metric is not None:
         sign = 1 if rules.best_mode == "min" else -1
-        scored = [(sign * e.metrics[rules.best_metric], -i, e.id) for i, e in enumerate(entries) if rules.best_metric in e.metrics]
+        scored = [
+            (sign * e.metrics[rules.best_metric], -i, e.id) for i, e in enumerate(entries) if rules.best_metric in e.metrics
+        ]
         # A NaN is no score at all; among equals the newer one wins.
         ranked = sorted(item for item in scored if not math.isnan(item[0]))
         kept.update(checkpoint_id for _, _, checkpoint_id in ranked[: rules.keep_best])

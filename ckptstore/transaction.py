@@ -31,6 +31,8 @@ from .transfer import FileSink
 
 __all__ = ["Draft", "Transaction", "TransactionFile"]
 
+_SMALL = 1 << 20
+"""Bytes up to which two files are made durable one after the other."""
 _OPEN_FILES = 64
 """Files written but not yet made durable: they are finished together, in parallel, but each holds a descriptor until then."""
 
@@ -264,8 +266,12 @@ class Transaction:
         self._spoilt = self._spoilt or reason
 
     def _finish_written(self) -> None:
-        for _ in self._engine.workers.map(lambda writer: writer.finish(), self._written):
-            pass
+        if sum(f.size for f in self._files.values()) < _SMALL and len(self._written) <= 2:
+            for writer in self._written:  # a thread would take longer to wake up than this takes
+                writer.finish()
+        else:
+            for _ in self._engine.workers.map(lambda writer: writer.finish(), self._written):
+                pass
         self._written.clear()
 
     def _make_durable(self) -> tuple[Manifest, bytes]:

@@ -45,7 +45,9 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
     match = _SCHEME.fullmatch(body)
     scheme, location = (match[1].lower(), match[2]) if match else ("file", body)
     if match and "@" in location.partition("/")[0]:
-        raise InvalidURL(f"the {scheme}:// URL has user information before '@'; give credentials by the environment, never in a URL")
+        raise InvalidURL(
+            f"the {scheme}:// URL has user information before '@'; give credentials by the environment, never in a URL"
+        )
     if match and scheme == "file":
         host, slash, rest = location.partition("/")
         if host not in ("", "localhost") or not slash:
