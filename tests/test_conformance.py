@@ -1,0 +1,56 @@
+"""The conformance suite on the backends that need no server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptstore.backends import memory
+from ckptstore.backends.local import LocalBackend
+from ckptstore.backends.memory import MemoryBackend
+from ckptstore.protocol import Backend
+from ckptstore.testing import BackendConformance, FaultyBackend
+
+
+class TestLocal(BackendConformance):
+    def make_backend(self, place: Path) -> Backend:
+        return LocalBackend.open(str(place / "runs" / "42"), {})
+
+    @property
+    def root(self) -> Path:
+        return self.place / "runs" / "42"
+
+    def raw_get(self, key: str) -> bytes | None:
+        path = self.root / key
+        return path.read_bytes() if path.exists() else None
+
+    def raw_put(self, key: str, data: bytes) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def raw_keys(self) -> Sequence[str]:
+        return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
+
+
+class TestMemory(BackendConformance):
+    def make_backend(self, place: Path) -> Backend:
+        return MemoryBackend.open(str(place), {})
+
+    @property
+    def objects(self) -> dict[str, bytes]:
+        return memory._spaces[str(self.place)].objects
+
+    def raw_get(self, key: str) -> bytes | None:
+        return self.objects.get(key)
+
+    def raw_put(self, key: str, data: bytes) -> None:
+        self.objects[key] = data
+
+    def raw_keys(self) -> Sequence[str]:
+        return list(self.objects)
+
+
+class TestFaultyWithoutFaults(TestMemory):
+    def make_backend(self, place: Path) -> Backend:
+        return FaultyBackend(super().make_backend(place))
