@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 
 from .engine import Engine
 from .envelope import JSON
-from .errors import AlreadyExists, DamagedManifest, NotFound
+from .errors import AlreadyExists, Damaged, DamagedManifest, NotFound
 from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import fsync_dir, mapped_errors
@@ -85,7 +86,8 @@ class Checkpoint:
             DamagedManifest: missing, or not the one that was committed.
         """
         if self._manifest is None:
-            self._manifest = self._engine.manifest(self._entry)
+            with self._damaged_or_pruned():
+                self._manifest = self._engine.manifest(self._entry)
         return self._manifest
 
     @property
@@ -117,13 +119,15 @@ class Checkpoint:
         from . import torchfile
 
         entry = self._file(file)
-        data = read_file(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
+        with self._damaged_or_pruned():
+            data = read_file(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
         return torchfile.load(data, map_location=map_location, weights_only=weights_only, name=f"{self.id}/{file}")
 
     def open(self, file: str) -> BinaryIO:
         """Open one file for reading (seekable, buffered). Bytes that fail their checksum raise `DamagedFile` instead of coming out."""
         entry = self._file(file)
-        return io.BufferedReader(VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry), 1 << 20)
+        with self._damaged_or_pruned():
+            return io.BufferedReader(VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry), 1 << 20)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> list[Damage]:
         """Read every byte and compare it with what was committed; return what is damaged, an empty list if all is whole.
@@ -156,7 +160,7 @@ class Checkpoint:
             Damaged: a file is not what was committed; it does not appear.
         """
         root = Path(folder)
-        with mapped_errors("write", str(root)):
+        with self._damaged_or_pruned(), mapped_errors("write", str(root)):
             for entry in self.manifest.files:
                 if os.path.lexists(root / entry.path):
                     raise AlreadyExists(f"{root / entry.path} exists already; give an empty folder")
@@ -182,6 +186,15 @@ class Checkpoint:
             os.link(partial, target)  # never replaces a file that appeared meanwhile
         finally:
             partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _damaged_or_pruned(self) -> Iterator[None]:
+        """Tell damage from files that went because the checkpoint was pruned while it was being read."""
+        try:
+            yield
+        except Damaged:
+            self._engine.check_kept(self.id)
+            raise
 
     def _file(self, file: str) -> FileEntry:
         entry = self.manifest.file(file)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from .checksum import sha256
-from .errors import BackendError, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
+from .errors import BackendError, CheckpointNotFound, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
 from .log import Head, Log
 from .manifest import MANIFEST_LIMIT, Manifest, decode
 from .naming import MANIFEST, data_key
@@ -77,6 +77,11 @@ class Engine:
             metrics=found.metrics,
         )
 
+    def check_kept(self, checkpoint_id: str) -> None:
+        """Raise `CheckpointNotFound` if the store does not keep this checkpoint (any more)."""
+        if self.log.head().record.entry(checkpoint_id) is None:
+            raise CheckpointNotFound(f"{self.backend.url} does not keep {checkpoint_id} any more: it was pruned or deleted")
+
     def remember_keys(self, checkpoint_id: str, keys: list[str]) -> None:
         """Note the keys of a checkpoint written here, so that pruning it needs no listing."""
         self._keys[checkpoint_id] = keys
@@ -91,6 +96,8 @@ class Engine:
 
     def delete_retired(self, ids: Iterable[str]) -> None:
         """Delete the data of retired checkpoints; what fails stays in the record's `retired` and is tried again later."""
+        ids = list(ids)
+        self.deleted.intersection_update(ids)  # the others are off the record
         for checkpoint_id in ids:
             if checkpoint_id not in self.deleted:
                 with suppress(BackendError):

@@ -163,6 +163,10 @@ class Log:
                 taken = self.took_effect(op, n)
             except NewerFormat:
                 raise  # so it cannot be ours
+            except DamagedRecord:
+                if ambiguous is None:  # we never got near it: somebody else's, and damaged since
+                    return False
+                raise CommitUnknown(f"slot {n} is taken, but its record is damaged", op, n) from ambiguous
             except CkptStoreError as exc:
                 raise CommitUnknown(f"slot {n} is taken, but it cannot be read who took it: {exc}", op, n) from exc
             if taken is False:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from .checkpoint import Checkpoint
 from .engine import Engine
-from .errors import CheckpointNotFound, Damaged, FallbackWarning, NotFound, StoreNotFound, UsageError
+from .errors import CheckpointNotFound, Damaged, FallbackWarning, StoreNotFound, UsageError
 from .log import Head
 from .naming import check_step, is_id
 from .record import Entry, Record
@@ -68,39 +68,31 @@ def first_whole(engine: Engine, target: str | None, step: int | None, read: Call
     """
     url = engine.backend.url
     while True:
-        head = existing(engine)
-        wanted = find(url, head.record, target, step)
+        state = existing(engine).record
+        wanted = find(url, state, target, step)
         by_name = step is None and wanted.id != target
-        problem: Damaged | NotFound | None = None
-        for entry in [wanted, *(_older(head.record, wanted, target or "latest") if by_name else [])]:
-            if problem is not None:
-                warnings.warn(f"{url}: {problem}; falling back to {entry.id} (step {entry.step})", FallbackWarning, stacklevel=4)
+        damage: Damaged | None = None
+        for entry in [wanted, *(_older(state, wanted, target or "latest") if by_name else [])]:
+            if damage is not None:
+                warnings.warn(f"{url}: {damage}; falling back to {entry.id} (step {entry.step})", FallbackWarning, stacklevel=4)
             checkpoint = Checkpoint(engine, entry)
             try:
                 result = read(checkpoint)
-            except NotFound as exc:  # no such file in it
-                problem = exc
-                break
+            except CheckpointNotFound:  # pruned while we read
+                if not by_name:
+                    raise
+                break  # the name has moved on: read what it points to now
             except Damaged as exc:
-                if _pruned_since(engine, head, entry):
-                    problem = CheckpointNotFound(f"{entry.id} was pruned while it was being read")
-                    break
                 engine.verdicts[entry.id] = False
-                problem = exc
+                damage = exc
                 continue
             engine.verdicts[entry.id] = True
             return checkpoint, result
-        assert problem is not None  # the loop ran at least once
-        if not (by_name and _pruned_since(engine, head, wanted)):
-            raise problem
-        # The name has moved on while we read: read what it points to now.
+        else:
+            assert damage is not None  # the loop ran at least once
+            raise damage
 
 
 def _older(state: Record, wanted: Entry, name: str) -> list[Entry]:
     before = state.checkpoints[: state.checkpoints.index(wanted)]
     return [e for e in reversed(before) if e.name == name]
-
-
-def _pruned_since(engine: Engine, head: Head, entry: Entry) -> bool:
-    now = engine.log.head()
-    return now.slot != head.slot and now.record.entry(entry.id) is None
