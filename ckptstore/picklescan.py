@@ -1,0 +1,362 @@
+"""Read a pickle without running it: what it names, which storages it wants, what it would allocate.
+
+Nothing is imported and nothing is called. The opcodes are followed on a stack of inert values, with just enough meaning to
+bound what a load may allocate beyond the objects the pickle spells out: those cost memory in proportion to its length, but a
+few bytes may also ask for ``bytearray(10**12)``, or copy one long list a thousand times. Whether a name may be used at all is
+left to torch's own restricted unpickler. Opcodes and their arguments: CPython's ``pickletools``; how tensors are pickled:
+``torch/_utils.py`` and ``torch/serialization.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import UnsafeContent
+
+__all__ = ["global_names", "scan", "storage_item"]
+
+_SLACK = 1 << 20
+"""Bytes a pickle may always allocate."""
+_MAX_DIMS = 64  # more than any operation of torch takes, and sizes of a million dimensions would be slow to multiply
+_LENGTH_BYTES = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4}
+_LENGTH_BYTES |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
+_OPCODES = {ord(op.code): op for op in pickletools.opcodes}
+_FIXED = [0] * 256
+"""Bytes of an opcode with its argument, 0 where the argument says it."""
+_COUNTED = [0] * 256
+"""Bytes of the count in front of the argument, 0 where there is none."""
+for _code, _op in _OPCODES.items():
+    if _op.arg is None or _op.arg.n >= 0:
+        _FIXED[_code] = 1 + (_op.arg.n if _op.arg is not None else 0)
+    else:
+        _COUNTED[_code] = _LENGTH_BYTES.get(_op.arg.n, 0)
+_LINES = {ord(op.code): 2 if op.name in ("GLOBAL", "INST") else 1 for op in pickletools.opcodes if op.arg and op.arg.n == -1}
+
+_STORAGE_ITEM = {"Double": 8, "Float": 4, "Half": 2, "Long": 8, "Int": 4, "Short": 2, "BFloat16": 2, "ComplexDouble": 16}
+_STORAGE_ITEM |= {"ComplexFloat": 8, "QInt32": 4}
+_DTYPE_ITEM = {"torch.double": 8, "torch.float": 4, "torch.half": 2, "torch.long": 8, "torch.int": 4, "torch.short": 2}
+_COPIES = {"builtins.set", "collections.OrderedDict", "collections.Counter"}
+_TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor"}
+
+
+@dataclass(slots=True)
+class _Global:
+    name: str
+
+
+@dataclass(slots=True)
+class _Sized:
+    """Something that costs about `n` items or bytes to copy."""
+
+    n: int = 0
+
+
+@dataclass(slots=True)
+class _Storage:
+    nbytes: int
+    item: int
+
+
+@dataclass(slots=True)
+class _Tensor:
+    nbytes: int
+    dtype: str
+
+
+def _modern(module: str, name: str) -> str:
+    """Return the dotted Python 3 name of what protocol 2 writes under its Python 2 name."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    else:
+        module = IMPORT_MAPPING.get(module, module)
+    return f"{module}.{name}"
+
+
+def storage_item(name: str) -> int:
+    """Return the bytes per element of the storage class `name` (``FloatStorage``); untyped ones count bytes."""
+    return _STORAGE_ITEM.get(name.rpartition(".")[2].removesuffix("Storage"), 1)
+
+
+def _dtype_item(name: str) -> int:
+    # torch's canonical dtype names carry their bits; those without are listed, and anything else is one byte wide.
+    bits = re.search(r"[a-z](\d+)", name)
+    return _DTYPE_ITEM.get(name, max(1, int(bits[1]) // 8) if bits else 1)
+
+
+def global_names(data: bytes) -> frozenset[str] | None:
+    """Return the dotted names of all classes and functions in a pickle that this process just made.
+
+    None if the pickle holds anything that torch's restricted unpickler may not read, whatever it names. Fast (about 0.1 µs per
+    opcode), and only for trusted pickles: a broken one raises IndexError or ValueError.
+    """
+    names: set[str] = set()
+    fixed, pos = _PLAIN, 0
+    while True:
+        op = data[pos]
+        if size := fixed[op]:
+            pos += size
+        elif op == 0x58:  # BINUNICODE
+            pos += 5 + int.from_bytes(data[pos + 1 : pos + 5], "little")
+        elif op == 0x63:  # GLOBAL
+            middle = data.index(b"\n", pos)
+            end = data.index(b"\n", middle + 1)
+            names.add(_modern(data[pos + 1 : middle].decode(), data[middle + 1 : end].decode()))
+            pos = end + 1
+        elif op == 0x8A:  # LONG1
+            pos += 2 + data[pos + 1]
+        elif op == 0x2E:  # STOP
+            return frozenset(names)
+        else:
+            return None
+
+
+_PLAIN = [0] * 256
+"""`_FIXED` for the opcodes that ``torch/_weights_only_unpickler.py`` reads (as of 2.13); the others send the caller to torch."""
+for _code in b"\x80Rba2es\x75(t\x85\x86\x87N\x89\x88)]}\x8fQJKMGhjqr\x81":
+    if _code != ord("2"):
+        _PLAIN[_code] = _FIXED[_code]
+
+
+def scan(data: memoryview, records: Mapping[str, int], budget: int) -> None:
+    """Follow the pickle `data` and refuse what would allocate more than a file of its size has a right to.
+
+    Args:
+        records: bytes of each storage in the archive, by key.
+        budget: bytes that all storages together, and whatever else the pickle asks for by number, may take.
+
+    Raises:
+        UnsafeContent: says what the pickle asks for; nothing of it was run.
+    """
+    _Machine(data, records, budget).run()
+
+
+class _Machine:
+    """The abstract unpickler. Values are int, str, tuple, the small classes above, or None for anything else."""
+
+    def __init__(self, data: memoryview, records: Mapping[str, int], budget: int) -> None:
+        self.data = data
+        self.records = records
+        self.budget = self.bytes_left = budget + _SLACK
+        self.items_left = len(data)  # each item of a legitimate copy was pushed once, by an opcode of its own
+        self.seen: set[str] = set()
+        self.stack: list[object] = []
+        self.marked: list[list[object]] = []
+        self.memo: dict[int, object] = {}
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except (IndexError, KeyError) as exc:  # an empty stack, a memo entry that was never put, the end of the data
+            raise UnsafeContent("its pickle is malformed") from exc
+
+    def _run(self) -> None:
+        data, total, pos = self.data, len(self.data), 0
+        while True:
+            op = data[pos]
+            if op == 0x2E:  # STOP
+                return
+            arg = end = pos + 1
+            if size := _FIXED[op]:
+                end = pos + size
+            elif count := _COUNTED[op]:
+                arg += count
+                end = arg + int.from_bytes(data[pos + 1 : arg], "little")
+            elif op in _LINES:
+                for _ in range(_LINES[op]):
+                    end = self._line_end(end)
+            else:
+                raise UnsafeContent(f"its pickle has an unknown opcode 0x{op:02x} at byte {pos}")
+            if end > total:
+                raise UnsafeContent(f"its pickle declares {end - total} bytes more than it has, at byte {pos}")
+            self._step(op, arg, end)
+            pos = end
+
+    def _line_end(self, start: int) -> int:
+        # A line is a dotted name or a number; a bounded slice keeps this linear on a pickle without newlines.
+        found = bytes(self.data[start : start + 4096]).find(b"\n")
+        if found < 0:
+            raise UnsafeContent("its pickle has a line of more than 4096 bytes")
+        return start + found + 1
+
+    def _step(self, op: int, arg: int, end: int) -> None:
+        stack, data = self.stack, self.data
+        if op in _PUTS:
+            index = len(self.memo) if op == 0x94 else self._number(op, arg, end)
+            if index >= len(data):  # the C unpickler keeps its memo in an array of that length
+                raise UnsafeContent(f"its pickle uses memo entry {index}, more than it can have")
+            self.memo[index] = stack[-1]
+        elif op in _GETS:
+            stack.append(self.memo[self._number(op, arg, end)])
+        elif op in _INTS:
+            stack.append(int.from_bytes(data[arg:end], "little", signed=op in (0x4A, 0x8A)))
+        elif op in _TEXTS:
+            stack.append(str(data[arg:end], "utf-8", "replace") if end - arg <= 256 else _Sized(end - arg))
+        elif op == 0x28:  # MARK
+            self.marked.append(stack)
+            self.stack = []
+        elif op in _TUPLES:
+            n = _TUPLES[op]
+            items = tuple(self._pop_mark() if n < 0 else [stack.pop() for _ in range(n)][::-1])
+            self.stack.append(items)
+        elif op == 0x63:  # GLOBAL
+            module, name = bytes(data[arg : end - 1]).decode("utf-8", "replace").split("\n")
+            stack.append(_Global(_modern(module, name)))
+        elif op == 0x93:  # STACK_GLOBAL
+            parts = [stack.pop(), stack.pop()][::-1]
+            stack.append(_Global(".".join(map(str, parts))) if all(isinstance(p, str) for p in parts) else None)
+        elif op in (0x52, 0x81):  # REDUCE, NEWOBJ
+            args, func = stack.pop(), stack.pop()
+            stack.append(self._call(func, args))
+        elif op == 0x62:  # BUILD
+            self._build(stack.pop())
+        elif op == 0x51:  # BINPERSID
+            stack.append(self._storage(stack.pop()))
+        elif op in _EMPTIES:
+            stack.append(_Sized())
+        elif op in _ADDS:
+            if op in b"as":  # APPEND, SETITEM
+                del stack[-1 if op == 0x61 else -2 :]
+            n = 1 if op in b"as" else len(self._pop_mark())
+            if isinstance(target := self.stack[-1], _Sized):
+                target.n += n
+        else:
+            self._generic(op)
+
+    def _generic(self, op: int) -> None:
+        """Do to the stack what ``pickletools`` says, with values that mean nothing."""
+        info = _OPCODES[op]
+        if op == 0x30 and not self.stack:  # POP of a mark
+            self._pop_mark()
+            return
+        if op == 0x32:  # DUP
+            self.stack.append(self.stack[-1])
+            return
+        before = info.stack_before
+        if pickletools.markobject in before:
+            self._pop_mark()
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            self.stack.pop()
+        self.stack.extend([None] * len(info.stack_after))
+
+    def _number(self, op: int, arg: int, end: int) -> int:
+        if op in (0x67, 0x70):  # GET, PUT: a decimal line
+            text = bytes(self.data[arg : end - 1])
+            return int(text) if text.isdigit() and len(text) < 20 else len(self.data)
+        return int.from_bytes(self.data[arg:end], "little")
+
+    def _pop_mark(self) -> list[object]:
+        items = self.stack
+        self.stack = self.marked.pop()
+        return items
+
+    def _take_bytes(self, n: int, what: str) -> None:
+        self.bytes_left -= n
+        if self.bytes_left < 0:
+            raise UnsafeContent(f"{what} would take memory out of proportion to the file")
+
+    def _take_items(self, *values: object) -> None:
+        self.items_left -= sum(map(_length, values))
+        if self.items_left < 0:
+            raise UnsafeContent("its pickle copies the same containers over and over")
+
+    def _storage(self, pid: object) -> object:
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Global)):
+            return None
+        kind, key, numel = pid[1].name, pid[2], pid[4]
+        if not isinstance(key, str) or not isinstance(numel, int) or key not in self.records:
+            raise UnsafeContent(f"its pickle wants a storage that is not in the file: {key if isinstance(key, str) else '?'!r}")
+        item = storage_item(kind)
+        if not 0 <= numel * item <= self.records[key]:
+            raise UnsafeContent(f"storage {key} declares {numel} elements of {item} bytes, but has {self.records[key]} bytes")
+        if key not in self.seen:
+            self.seen.add(key)
+            self._take_bytes(self.records[key], f"storage {key}")
+        return _Storage(self.records[key], item)
+
+    def _call(self, func: object, args: object) -> object:
+        """Account for ``func(*args)``; returns what is known of the result."""
+        if not isinstance(func, _Global) or not isinstance(args, tuple):
+            return None
+        module, _, name = func.name.rpartition(".")
+        if func.name == "torch.Size" and args and isinstance(args[0], tuple):
+            self._take_items(args[0])
+            return args[0]
+        if func.name in _COPIES:
+            self._take_items(*args)
+            return _Sized(max(map(_length, args), default=0))
+        if func.name in ("builtins.bytearray", "_codecs.encode"):
+            first = args[0] if args else 0
+            n = max(first, 0) if isinstance(first, int) else _length(first)
+            # bytes are pickled as text that is encoded again as latin1, one byte a character
+            self._take_bytes(n if module == "builtins" or args[1:2] == ("latin1",) else n * 4, func.name)
+            return _Sized(n)
+        if module == "torch._utils":
+            return self._rebuild(name, args)
+        if func.name == "torch._tensor._rebuild_from_type_v2" and len(args) == 4:
+            self._take_items(args[3])
+            return self._call(args[0], args[2])
+        if module.split(".")[0] == "torch" and name.endswith(("Tensor", "Storage")):
+            # Constructors that torch.save never writes, but torch lets a file call with a size.
+            sizes = [a for arg in args for a in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(a, int)]
+            self._take_bytes((_product(sizes) if sizes else 0) * 16 + sum(map(_length, args)) * 16, func.name)
+        return None
+
+    def _rebuild(self, name: str, args: tuple[object, ...]) -> object:
+        if name in _TENSORS:
+            dtype = args[6] if name == "_rebuild_tensor_v3" and len(args) > 6 else None
+            return self._tensor(args[:4], dtype.name if isinstance(dtype, _Global) else "", name == "_rebuild_qtensor")
+        if name == "_rebuild_parameter_with_state":
+            self._take_items(*args[3:])
+        if name.startswith("_rebuild_parameter") and args:
+            return args[0]
+        if name == "_rebuild_device_tensor_from_cpu_tensor" and len(args) > 1 and isinstance(data := args[0], _Tensor):
+            dtype = args[1].name if isinstance(args[1], _Global) else ""
+            if dtype != data.dtype:
+                self._take_bytes(data.nbytes * 16, "a tensor converted to another dtype")
+        return None
+
+    def _tensor(self, args: tuple[object, ...], dtype: str, whole: bool) -> object:
+        """Check a view (storage, offset, sizes, strides) against its storage; `whole`: torch first allocates all of it."""
+        storage, offset, size, stride = args if len(args) == 4 else (None,) * 4
+        if not (isinstance(storage, _Storage) and isinstance(size, tuple) and isinstance(stride, tuple)):
+            raise UnsafeContent("a tensor is not made of a storage, an offset, sizes and strides")
+        dims = (offset, *size, *stride)
+        if len(size) != len(stride) or len(size) > _MAX_DIMS or not all(isinstance(d, int) and 0 <= d < 1 << 63 for d in dims):
+            raise UnsafeContent("a tensor has sizes and strides that no tensor can have")
+        item = _dtype_item(dtype) if dtype else storage.item
+        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        numel = _product(list(size))
+        if numel and (offset + last + 1) * item > storage.nbytes:
+            raise UnsafeContent(f"a tensor of shape {list(size)} reaches beyond its storage of {storage.nbytes} bytes")
+        if whole and numel * item > self.budget:
+            raise UnsafeContent(f"a quantized tensor of shape {list(size)} is larger than the whole file")
+        return _Tensor(numel * item, dtype)
+
+    def _build(self, state: object) -> None:
+        if isinstance(state, tuple) and state and isinstance(state[0], _Storage):
+            self._tensor(state[:4], "", False)
+        elif isinstance(state, _Sized):
+            self._take_items(state)
+
+
+def _length(value: object) -> int:
+    return value.n if isinstance(value, _Sized) else len(value) if isinstance(value, (tuple, str)) else 0
+
+
+def _product(sizes: list[int]) -> int:
+    return math.prod(min(max(n, 0), 1 << 63) for n in sizes[:_MAX_DIMS])
+
+
+_PUTS = frozenset(b"pqr\x94")
+_GETS = frozenset(b"ghj")
+_INTS = frozenset(b"JKM\x8a")
+_TEXTS = frozenset(b"XU\x8c")
+_TUPLES = {0x29: 0, 0x74: -1, 0x85: 1, 0x86: 2, 0x87: 3}
+_EMPTIES = frozenset(b"]}\x8f")
+_ADDS = frozenset(b"aesu\x90")

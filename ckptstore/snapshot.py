@@ -1,0 +1,228 @@
+"""From live objects to what is saved, and back into them in place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .errors import StateMismatch
+
+__all__ = ["restore", "to_state"]
+
+
+def to_state(obj: Any) -> Any:
+    """Return `obj` with each value that has a ``state_dict()`` replaced by it, at the top and inside nested containers.
+
+    Containers are exactly dict, OrderedDict, list, tuple and named tuples; other objects are left alone, and so is whatever a
+    ``state_dict()`` returned. What holds nothing to replace is returned itself, not copied; an object that occurs twice is asked
+    once; cycles are kept. Exceptions of a ``state_dict()`` propagate.
+    """
+    return _Replacer(obj).replace(obj)
+
+
+class _Replacer:
+    def __init__(self, obj: Any) -> None:
+        self._changing = _holders(obj)
+        self._done: dict[int, Any] = {}
+        self._alive: list[Any] = []  # keeps ids from being reused while they are keys above
+
+    def replace(self, obj: Any) -> Any:
+        key = id(obj)
+        if key in self._done:
+            return self._done[key]
+        if _has(obj, "state_dict"):
+            return self._remember(obj, obj.state_dict())
+        if key not in self._changing:
+            return obj
+        if isinstance(obj, dict):
+            copy = self._remember(obj, type(obj)())
+            copy.update((k, self.replace(v)) for k, v in obj.items())
+            return copy
+        if isinstance(obj, list):
+            items = self._remember(obj, [])
+            items.extend(self.replace(v) for v in obj)
+            return items
+        parts = [self.replace(v) for v in obj]
+        if key in self._done:  # a cycle through this tuple made it already
+            return self._done[key]
+        return self._remember(obj, type(obj)._make(parts) if hasattr(type(obj), "_make") else tuple(parts))
+
+    def _remember(self, obj: Any, result: Any) -> Any:
+        self._alive.append(obj)
+        self._done[id(obj)] = result
+        return result
+
+
+def _holders(obj: Any) -> set[int]:
+    """Return the ids of the containers below `obj` from which something with a ``state_dict()`` can be reached."""
+    parents: dict[int, list[int]] = {}
+    found: list[int] = []
+    queue = [obj]
+    seen: set[int] = set()
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if _has(node, "state_dict"):
+            found.append(id(node))
+        elif _is_container(node):
+            for part in node.values() if isinstance(node, dict) else node:
+                parents.setdefault(id(part), []).append(id(node))
+                queue.append(part)
+    holders: set[int] = set()
+    while found:
+        for parent in parents.get(found.pop(), ()):
+            if parent not in holders:
+                holders.add(parent)
+                found.append(parent)
+    return holders
+
+
+def _has(obj: Any, method: str) -> bool:
+    return not isinstance(obj, type) and callable(getattr(obj, method, None))
+
+
+def _is_container(obj: Any) -> bool:
+    return type(obj) in (dict, OrderedDict, list, tuple) or (isinstance(obj, tuple) and hasattr(type(obj), "_make"))
+
+
+def restore(target: Any, state: Any) -> None:
+    """Put `state`, as `to_state` made it, back into the objects of `target`, in place.
+
+    Values with a ``load_state_dict`` are given theirs; tensors are copied into (under no_grad); other values inside a dict or
+    list are replaced by the saved ones. The keys of `target` say what is wanted: more keys in `state` are ignored, except in a
+    nested dict or list of plain values, which then holds exactly what was saved.
+
+    Raises:
+        StateMismatch: something is missing or of another kind, shape or dtype: all of it is listed by path, and nothing was
+            changed. Or a ``load_state_dict`` or a copy failed: the path is named, and what came before it has been restored.
+    """
+    plan = _Plan()
+    plan.visit(target, state, "")
+    if plan.problems:
+        raise StateMismatch("the saved state does not fit: " + "; ".join(plan.problems))
+    for path, act in plan.actions:
+        try:
+            act()
+        except StateMismatch:
+            raise
+        except Exception as exc:
+            raise StateMismatch(f"{path or 'the object'} could not take its saved state: {exc}") from exc
+
+
+class _Plan:
+    """What is to be done, and why it cannot be."""
+
+    def __init__(self) -> None:
+        self.actions: list[tuple[str, Callable[[], object]]] = []
+        self.problems: list[str] = []
+        self._seen: set[tuple[int, int]] = set()
+        self._plain = _Plainness()
+
+    def visit(self, target: Any, state: Any, path: str) -> None:
+        """Plan to restore `target`, which is not plain, or the top, from `state`."""
+        if (id(target), id(state)) in self._seen:
+            return
+        self._seen.add((id(target), id(state)))
+        if _has(target, "load_state_dict"):
+            self.actions.append((path, lambda: target.load_state_dict(state)))
+        elif _is_tensor(target):
+            self._tensor(target, state, path)
+        elif isinstance(target, dict):
+            if self._kind(isinstance(state, Mapping), "dict", state, path):
+                self._dict(target, state, path)
+        elif isinstance(target, (list, tuple)):
+            if self._kind(isinstance(state, (list, tuple)), type(target).__name__, state, path):
+                self._sequence(target, state, path)
+        else:
+            self.problems.append(f"{path or 'the object'} ({type(target).__name__}) cannot be restored in place")
+
+    def _kind(self, right: bool, wanted: str, state: Any, path: str) -> bool:
+        if not right:
+            self.problems.append(f"{path or 'the object'} is a {wanted}, but a {type(state).__name__} was saved")
+        return right
+
+    def _tensor(self, target: Any, state: Any, path: str) -> None:
+        import torch
+
+        if not self._kind(_is_tensor(state), "tensor", state, path):
+            return
+        for what in ("shape", "dtype", "layout"):
+            wanted, saved = getattr(target, what), getattr(state, what)
+            if wanted != saved:
+                self.problems.append(f"{path or 'the tensor'} has {what} {_text(wanted)}, but {_text(saved)} was saved")
+                return
+        if target.is_meta:
+            self.problems.append(f"{path or 'the tensor'} is on the meta device and has no memory to restore into")
+            return
+        self.actions.append((path, torch.no_grad()(lambda: target.copy_(state))))
+
+    def _dict(self, target: dict[Any, Any], state: Mapping[Any, Any], path: str) -> None:
+        for key, value in target.items():
+            here = f"{path}[{key!r}]"
+            if key not in state:
+                self.problems.append(f"{here} is missing from the saved state")
+            elif self._plain(value):
+                self._replace(target, key, value, state[key], here)
+            else:
+                self.visit(value, state[key], here)
+
+    def _sequence(self, target: list[Any] | tuple[Any, ...], state: Any, path: str) -> None:
+        if len(target) != len(state):
+            self.problems.append(f"{path or 'the object'} has {len(target)} items, but {len(state)} were saved")
+            return
+        for index, (value, saved) in enumerate(zip(target, state, strict=True)):
+            here = f"{path}[{index}]"
+            if not self._plain(value):
+                self.visit(value, saved, here)
+            elif isinstance(target, list):
+                self._replace(target, index, value, saved, here)
+            elif value is not saved and not (type(value) is type(saved) and isinstance(value, _SCALARS) and value == saved):
+                self.problems.append(f"{here} differs from what was saved, and a tuple cannot be changed in place")
+
+    def _replace(self, target: Any, key: Any, value: Any, saved: Any, path: str) -> None:
+        """Plan to put the plain value `saved` in the place of `value`; into the same dict or list, if it is one."""
+        if isinstance(value, dict) and isinstance(saved, dict):
+            missing = [f"{path}[{k!r}]" for k in value if k not in saved]
+            self.problems += [f"{p} is missing from the saved state" for p in missing]
+            self.actions += [(path, value.clear), (path, lambda: value.update(saved))]
+        elif isinstance(value, list) and isinstance(saved, list):
+            self.actions.append((path, lambda: value.__setitem__(slice(None), saved)))
+        else:
+            self.actions.append((path, lambda: target.__setitem__(key, saved)))
+
+
+_SCALARS = (type(None), bool, int, float, complex, str, bytes)
+
+
+class _Plainness:
+    """Tells whether nothing in a value has to be restored by itself. Remembers answers; cycles count as plain."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, value: Any) -> bool:
+        if id(value) not in self._known:
+            self._known[id(value)] = True
+            plain = not (_has(value, "load_state_dict") or _is_tensor(value))
+            self._known[id(value)] = plain and all(self(part) for part in _parts(value))
+        return self._known[id(value)]
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _text(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,281 @@
+"""A ``.pt`` file from and to memory: torch.save into any sink, torch.load from a verified buffer.
+
+What torch refuses becomes an error that says what to do; what the sink raises surfaces as itself.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import types
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import IO, Any, Protocol, cast
+
+import torch
+
+from . import archive
+from .errors import BackendError, NotSerializable, UnsafeContent
+from .picklescan import global_names, storage_item
+from .unpicklable import refusal
+
+__all__ = ["Sink", "load", "save"]
+
+_safe_by_default: set[str] = set()
+"""Names that torch is known to load without being asked; learnt from torch as they are met."""
+
+
+class Sink(Protocol):
+    """What `save` writes to: `write` takes all of what it is given, which is valid only until it returns, or raises."""
+
+    def write(self, data: memoryview, /) -> int: ...
+
+
+def save(obj: Any, sink: Sink) -> tuple[str, ...]:
+    """Write `obj` to `sink` with `torch.save`, as a plain ``.pt`` file.
+
+    torch hands over the bytes of each CPU storage in one piece and without a copy (a 5 GiB tensor is one `write`), everything
+    else in pieces of less than 100 bytes or so, and the pickle in one.
+
+    Returns:
+        The qualified names of what ``torch.load(weights_only=True)`` would refuse, sorted; empty if it loads as it is. What was
+        registered with `torch.serialization.add_safe_globals` in this process counts as loadable.
+
+    Raises:
+        NotSerializable: torch cannot write it, or could not read it back; says which part of `obj`.
+        BackendError: the sink took fewer bytes than it was given.
+        Exception: whatever the sink, or a ``__reduce__`` or ``__getstate__`` inside `obj`, raised.
+    """
+    guard = _Guard(sink)
+    recorder = _Recorder(guard)
+    try:
+        torch.save(obj, cast(IO[bytes], guard), pickle_module=recorder.module)
+    except BaseException as exc:
+        # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
+        error = guard.error or _interrupt_behind(exc)
+        if error is not None and error is not exc:
+            raise error from error.__cause__
+        if exc is recorder.error and (problem := refusal(exc, obj)):
+            raise NotSerializable(problem) from exc
+        raise
+    return recorder.unsafe
+
+
+def _interrupt_behind(exc: BaseException | None) -> BaseException | None:
+    """Return the KeyboardInterrupt or the like that `exc` was raised on top of."""
+    while exc is not None and isinstance(exc, Exception):
+        exc = exc.__context__
+    return exc
+
+
+class _Guard:
+    """Stands between torch and the sink: after an error nothing more is passed on.
+
+    torch (2.13) ignores how many bytes were taken, and after an error still writes the end of the archive.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.error: BaseException | None = None
+        self.shut = False
+
+    def write(self, data: memoryview) -> int:
+        if self.shut:
+            return len(data)
+        self.shut = True  # first, so that an error that comes at any moment leaves it so
+        try:
+            taken = self._sink.write(data)
+            if taken != len(data):
+                raise BackendError(f"only {taken} of {len(data)} bytes were taken")
+        except BaseException as exc:
+            self.error = exc
+            raise
+        self.shut = False
+        return taken
+
+    def flush(self) -> None:
+        """torch asks for one at the end; durability is the sink's business."""
+
+
+class _Recorder:
+    """Looks at the pickle before torch writes it. `module` goes where `torch.save` expects the pickle module."""
+
+    def __init__(self, guard: _Guard) -> None:
+        self.error: BaseException | None = None
+        self.unsafe: tuple[str, ...] = ()
+        storages: set[str] = set()
+        recorder = self
+
+        class Pickler(pickle.Pickler):
+            def __init__(self, file: io.BytesIO, **options: Any) -> None:
+                self._file = file
+                super().__init__(file, **options)
+
+            def __init_subclass__(cls) -> None:
+                # torch's subclass decides what is a storage, and does not ask its base class.
+                cls.persistent_id = _watched(cls.persistent_id, storages)  # type: ignore[method-assign]
+
+            def dump(self, obj: Any) -> None:
+                try:
+                    super().dump(obj)
+                    recorder.unsafe = _refused(self._file.getvalue(), storages)
+                except BaseException as exc:
+                    recorder.error = exc
+                    guard.shut = True
+                    raise
+
+        self.module = types.SimpleNamespace(__name__="pickle", Pickler=Pickler)
+
+
+def _watched(persistent_id: Callable[[Any, Any], Any], storages: set[str]) -> Callable[[Any, Any], Any]:
+    """Note the keys of storages, and refuse those that torch writes but cannot read back: ending in the middle of an element."""
+
+    def watch(self: Any, obj: Any) -> Any:
+        pid = persistent_id(self, obj)
+        if pid is not None:
+            storages.add(pid[2])
+            storage = getattr(obj, "_untyped_storage", obj)  # private; the public `untyped` warns that it will change
+            item = storage_item(pid[1].__name__)
+            if pid[4] * item != storage.nbytes():
+                raise pickle.PicklingError(
+                    f"a tensor of {item}-byte elements lies in a storage of {storage.nbytes()} bytes, which torch.load would "
+                    "refuse; save a clone() of it"
+                )
+        return pid
+
+    return watch
+
+
+def _refused(data: bytes, storages: Iterable[str]) -> tuple[str, ...]:
+    """Return what torch's restricted unpickler would refuse in a pickle that was just made."""
+    names = global_names(data)
+    if names is not None and names <= _safe_by_default:
+        return ()
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(_archive_of(data))
+    except pickle.UnpicklingError:  # something without a name, such as an int of more than 255 bytes
+        return _refused_in_trial(data, storages)
+    if unsafe:
+        return tuple(sorted(unsafe))
+    names = names or frozenset()
+    entries = torch.serialization.get_safe_globals()
+    registered = {e[1] if isinstance(e, tuple) else f"{e.__module__}.{e.__qualname__}" for e in entries}
+    _safe_by_default.update(names - registered)
+    # A registered class may still be used in a way that torch refuses (a subclass of dict, given items), so try.
+    if any(not name.startswith("torch.") for name in names & registered):
+        return _refused_in_trial(data, storages)
+    return ()
+
+
+def _refused_in_trial(data: bytes, storages: Iterable[str]) -> tuple[str, ...]:
+    """Load the pickle with its storages on the meta device, where they have sizes but no bytes; return the first refusal."""
+    try:
+        torch.load(_archive_of(data, storages), map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as exc:
+        found = re.search(r"GLOBAL (\S+) |<class '([^']+)'>|Unsupported operand (\d+)", str(exc))
+        if found is None:
+            return ("something torch does not name",)
+        return (found[1] or found[2] or _WITHOUT_NAME.get(found[3], f"something pickled with opcode {found[3]}"),)
+    except Exception:
+        return ()  # not a refusal: a constructor that needs the numbers
+    return ()
+
+
+_WITHOUT_NAME = {str(pickle.LONG4[0]): "an int of more than 2040 bits"}
+
+
+def _archive_of(data: bytes, storages: Iterable[str] = ()) -> io.BytesIO:
+    """Return an archive of the pickle `data` whose storages are empty."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as out:
+        out.writestr("trial/data.pkl", data)
+        out.writestr("trial/version", b"3\n")
+        for key in storages:
+            out.writestr(f"trial/data/{key}", b"")
+    file.seek(0)
+    return file
+
+
+def load(
+    buffer: bytes | bytearray | memoryview,
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+    name: str = "state.pt",
+) -> Any:
+    """Return what `torch.load` makes of the ``.pt`` file in `buffer`, whose checksums the caller has compared.
+
+    Takes no more memory than `buffer`, the result, and what the Python objects in it cost. The result does not refer to `buffer`.
+
+    Args:
+        buffer: all bytes of the file, C-contiguous.
+        map_location, weights_only: as for `torch.load`; there is never a silent fall-back to ``weights_only=False``.
+        name: what to call the file in a message.
+
+    Raises:
+        UnsafeContent: the file declares more than it has, or asks for something that ``weights_only=True`` refuses.
+        RuntimeError: from torch, for instance for tensors of a device that is not here; `map_location` helps.
+    """
+    with memoryview(buffer) as view, view.cast("B") as data:
+        archive.check(data, name)
+        with cast(IO[bytes], _Reader(data)) as file:
+            try:
+                return torch.load(file, map_location=map_location, weights_only=weights_only)
+            except pickle.UnpicklingError as exc:
+                if not weights_only:
+                    raise
+                raise UnsafeContent(f"refused to load {name}: {_reason(file, exc)}") from exc
+            except _MALFORMED as exc:
+                if not weights_only:
+                    raise  # perhaps from code in the pickle, which the caller trusts
+                raise UnsafeContent(f"cannot load {name}: torch cannot make sense of its pickle ({exc})") from exc
+
+
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError, OverflowError)
+"""What torch's unpickler and tensor constructors raise for a pickle that is well-formed, but means nothing."""
+
+
+def _reason(file: IO[bytes], exc: pickle.UnpicklingError) -> str:
+    advice = "if you trust who wrote it, pass weights_only=False"
+    file.seek(0)
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except (pickle.UnpicklingError, *_MALFORMED):
+        names = []
+    if not names:
+        return f"{exc}\n{advice}"
+    listed = ", ".join(ascii(name)[1:-1][:200] for name in names[:20])
+    return (
+        f"it names {listed}, and weights_only=True allows only tensors and plain containers; {advice}, or name what it may use: "
+        f"torch.serialization.add_safe_globals([{listed}])"
+    )
+
+
+class _Reader(io.RawIOBase):
+    """A file over memory that is not copied, unlike `io.BytesIO`."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._pos = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, out: Any, /) -> int:
+        with memoryview(out) as view, view.cast("B") as target:
+            n = max(0, min(len(target), len(self._data) - self._pos))
+            target[:n] = self._data[self._pos : self._pos + n]
+        self._pos += n
+        return n
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._pos, io.SEEK_END: len(self._data)}[whence]
+        self._pos = max(0, start + offset)
+        return self._pos
+
+    def tell(self) -> int:
+        return self._pos

@@ -1,0 +1,79 @@
+"""Say which part of an object cannot be pickled, in words that help."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["refusal"]
+
+_REFUSALS = (pickle.PicklingError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
+"""What the pickler and torch raise for an object they cannot write; `RecursionError` and `NotImplementedError` are RuntimeErrors."""
+_OURS = frozenset({"ckptstore", "copyreg", "pickle", "torch"})
+_MAX_DEPTH = 100
+
+
+def refusal(exc: BaseException, obj: Any) -> str | None:
+    """Explain `exc`, which pickling `obj` raised; None if it came from code of the user's (a ``__reduce__``, for instance)."""
+    if not isinstance(exc, _REFUSALS) or any(package not in _OURS for package in _packages(exc)):
+        return None
+    path, culprit = _find(obj)
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
+    return f"torch.save cannot write obj{path} ({kind}): {exc}"
+
+
+def _packages(exc: BaseException) -> Iterator[str]:
+    """Yield the top-level package of each Python frame that `exc` passed through. C code, as in the pickler, has none."""
+    trace = exc.__traceback__
+    while trace is not None:
+        yield str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        trace = trace.tb_next
+
+
+def _find(obj: Any) -> tuple[str, Any]:
+    """Return path and value of the innermost part of `obj` that cannot be pickled alone."""
+    path = ""
+    for _ in range(_MAX_DEPTH):
+        for step, part in _parts(obj):
+            if not _can_pickle(part):
+                path += step
+                obj = part
+                break
+        else:
+            break
+    return path, obj
+
+
+def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(obj, dict):
+        for key, value in obj.items():
+            yield f"[{key!r}]" if isinstance(key, (str, int, float)) else f"[<{type(key).__name__}>]", value
+    elif isinstance(obj, (list, tuple)):
+        for index, value in enumerate(obj):
+            yield f"[{index}]", value
+    elif all(getattr(type(obj), hook, None) is getattr(object, hook, None) for hook in _HOOKS):
+        for name, value in getattr(obj, "__dict__", {}).items():
+            yield f".{name}", value
+
+
+_HOOKS = ("__reduce_ex__", "__reduce__", "__getstate__")
+"""With one of these of its own, an object is pickled by other things than its attributes."""
+
+
+def _can_pickle(obj: Any) -> bool:
+    try:
+        _Probe(io.BytesIO(), protocol=2).dump(obj)
+    except Exception:
+        return False
+    return True
+
+
+class _Probe(pickle.Pickler):
+    """Pickles everything but the bytes of tensors."""
+
+    def persistent_id(self, obj: Any) -> str | None:
+        return "storage" if isinstance(obj, (torch.TypedStorage, torch.UntypedStorage)) else None
