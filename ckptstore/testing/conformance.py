@@ -40,7 +40,6 @@ _KEYS = (
         "a/b/d/e/f/g/h/i/j/k",
         "a/c",
         "a0",
-        "a=2Eb",
         "b",
         "Z",
         "-x",
@@ -50,6 +49,8 @@ _KEYS = (
     *("log/000000000001", "log/000000000002", "log/000000000010", "logs/1", "log.x", "=6Danifest.json"),
     *("data/e1-s10-0123456789ab/state.pt", "data/e1-s10-0123456789ab.x"),
 )
+_PREFIXES = ("", "a/", "a/b/", "log/", "data/", "data/e1-s10-0123456789ab/", "no/", "lo/")
+_STARTS = ("", "A", "a", "a/", "a/b/d", "a/b/d/", "a/b0", "log/000000000005", "logs", "zzz")
 
 
 def _bytes(n: int, seed: int = 0) -> bytes:
@@ -143,10 +144,6 @@ class BackendConformance:
         with pytest.raises(InvalidURL):  # InvalidOption, unless the empty location is refused first
             type(self.backend).open("", {"no_such_option": "1"})
 
-    def test_opening_touches_nothing(self) -> None:
-        self.another().close()
-        assert [*self.raw_keys()] == []
-
     def test_messages_hold_no_secret(self) -> None:
         assert self.backend.url
         with pytest.raises(NotFound) as caught:
@@ -156,9 +153,10 @@ class BackendConformance:
                 secret not in text for text in (self.backend.url, repr(self.backend), str(caught.value), repr(caught.value))
             )
 
-    def test_close_is_idempotent(self) -> None:
+    def test_opening_and_closing_touch_nothing(self) -> None:
         self.backend.close()
         self.backend.close()
+        assert [*self.raw_keys()] == []
 
     # -- put_if_absent, replace
 
@@ -292,21 +290,8 @@ class BackendConformance:
         for i, key in enumerate(_KEYS):
             self.raw_put(key, _bytes(i))
         assert [*self.backend.list("")] == sorted((ObjectInfo(k, i) for i, k in enumerate(_KEYS)), key=lambda info: info.key)
-        for prefix in ("", "a/", "a/b/", "log/", "data/", "data/e1-s10-0123456789ab/", "no/", "lo/"):
-            for start in (
-                "",
-                "A",
-                "a",
-                "a/",
-                "a/b/d",
-                "a/b/d/",
-                "a/b0",
-                "log/000000000001",
-                "log/000000000005",
-                "logs",
-                "zzz",
-                *keys,
-            ):
+        for prefix in _PREFIXES:
+            for start in (*_STARTS, *_KEYS):
                 expected = sorted(k for k in _KEYS if k.startswith(prefix) and k > start)
                 assert self.keys(prefix, start) == expected, (prefix, start)
 
