@@ -50,7 +50,7 @@ def check(buffer: memoryview, name: str) -> None:
             raise UnsafeContent("an entry that torch.save fills with a few digits is large")
         storages = {key[5:]: size for key, (_, size) in entries.items() if key.startswith("data/")}
         start, size = pickle
-        picklescan.scan(buffer[start : start + size], storages, len(buffer))
+        picklescan.scan(bytes(buffer[start : start + size]), storages, len(buffer))
     except UnsafeContent as exc:
         raise UnsafeContent(f"refused to load {name}: {exc}") from exc.__cause__
 
