@@ -91,5 +91,4 @@ class TestInstalled:
         assert {"ckptstore/py.typed", f"{info}/licenses/LICENSE"} <= files
         modules = {str(p.relative_to(ROOT)) for p in (*ROOT.glob("ckptstore/**/*.py"), *ROOT.glob("ckptstore/backends/*.py"))}
         assert "ckptstore/backends/local.py" in modules
-        # A module too many in the wheel: setuptools keeps removed ones in build/. Remove that folder.
         assert {f for f in files if f.endswith(".py")} == modules
