@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from importlib.metadata import entry_points
 
 from .errors import UnknownScheme
 from .protocol import Backend
@@ -21,6 +20,8 @@ _BUILTIN = {
 
 
 def _third_party() -> dict[str, str]:
+    from importlib.metadata import entry_points  # slow to import, and rarely needed
+
     return {ep.name: ep.value for ep in entry_points(group=ENTRY_POINT_GROUP)}
 
 
