@@ -90,7 +90,7 @@ class LocalBackend:
         with mapped_errors("replace", self._path(key)), self._new_file(key) as new:
             write_all(new.fd, 0, memoryview(data))
             new.close_file()
-            os.replace(new.temp, new.name, src_dir_fd=new.folders.fd, dst_dir_fd=new.folders.fd)
+            new.replace()
 
     def open_writer(self, key: str) -> PartWriter:
         """See `Backend.open_writer`."""

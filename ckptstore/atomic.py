@@ -28,7 +28,7 @@ def atomic_torch_save(obj: object, path: str | os.PathLike[str], **torch_save_kw
         Ambiguous: the new file is in place, but its folder could not be flushed: a power cut may bring the old one back.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(path := os.fspath(path), str) or not path or "\0" in path:
-        raise UsageError("atomic_torch_save needs a path (str or os.PathLike); for an open file use torch.save itself")
+        raise UsageError("atomic_torch_save needs a path (str or os.PathLike); give the path, or use torch.save for an open file")
     with mapped_errors("save", path):
         new, mode = _open_beside(os.path.realpath(path), path)
     with new:
@@ -38,7 +38,7 @@ def atomic_torch_save(obj: object, path: str | os.PathLike[str], **torch_save_kw
                 os.fchmod(new.fd, mode)
             os.fsync(new.fd)
             new.close_file()
-            os.replace(new.temp, new.name, src_dir_fd=new.folders.fd, dst_dir_fd=new.folders.fd)
+            new.replace()
             try:
                 os.fsync(new.folders.fd)
             except OSError as exc:

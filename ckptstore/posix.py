@@ -277,6 +277,11 @@ class NewFile:
         link_new(self.temp, self.name, self.folders.fd, self.path)
         self._drop_temp()
 
+    def replace(self) -> None:
+        """Give it its final name, in the place of what has that name now."""
+        os.replace(self.temp, self.name, src_dir_fd=self.folders.fd, dst_dir_fd=self.folders.fd)
+        self.temp = ""
+
     def withdraw(self) -> bool:
         """Take the final name away again if it is ours; return False if that cannot be done."""
         try:
@@ -295,8 +300,10 @@ class NewFile:
             os.close(fd)
 
     def _drop_temp(self) -> None:
-        with suppress(OSError):  # gone already, or litter for the garbage collection: never a reason to fail
-            os.unlink(self.temp, dir_fd=self.folders.fd)
+        if self.temp:
+            with suppress(OSError):  # what stays is litter for the garbage collection, never a reason to fail
+                os.unlink(self.temp, dir_fd=self.folders.fd)
+                self.temp = ""
 
     def close(self) -> None:
         """Remove the temporary name and release every descriptor. Idempotent; never raises for what the disk does."""

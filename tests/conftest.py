@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+import ckptstore
 
 
 def require(condition: object, why: str) -> None:
@@ -14,3 +25,52 @@ def require(condition: object, why: str) -> None:
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(f"CI must be able to run this: {why}")
     pytest.skip(why)
+
+
+@contextmanager
+def mounted(place: Path, kind: str, options: str, device: str = "none") -> Iterator[None]:
+    """Mount a file system on `place` (made if need be) for the length of the block."""
+    place.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", kind, "-o", options, device, str(place)], capture_output=True, text=True)
+    require(done.returncode == 0, f"cannot mount {kind}: {done.stderr}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+_CALLS = "fsync,fdatasync,link,linkat,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,close"
+
+
+def traced(place: Path, code: str, *inject: str) -> tuple[list[str], Any]:
+    """Run `code` under strace; return its durable steps, as "call path…" relative to `place`, and what it printed."""
+    require(shutil.which("strace"), "needs strace")
+    log = place.parent / f"{place.name}.strace"
+    command = [
+        "strace",
+        "-f",
+        "-y",
+        "-s",
+        "300",
+        "-o",
+        str(log),
+        "-e",
+        f"trace={_CALLS}",
+        *[a for i in inject for a in ("-e", f"inject={i}")],
+    ]
+    env = {**os.environ, "PYTHONPATH": str(Path(ckptstore.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([*command, sys.executable, "-c", code], cwd=place, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    steps = [step for line in log.read_text().splitlines() if (step := _step(line, place))]
+    return steps, json.loads(done.stdout)
+
+
+def _step(line: str, place: Path) -> str | None:
+    match = re.match(r"\d+ +(\w+)\((.*)\) += (-?\d+)(.*)", line)
+    if not match or match[1] == "close":
+        return None
+    call, arguments, result, _ = match.groups()
+    paths = re.findall(r'<([^<>]*)>|"([^"]*)"', arguments)
+    names = [os.path.relpath(name, place) if os.path.isabs(name) else name for name in (fd or text for fd, text in paths)]
+    where = " ".join(re.sub(r"\.[0-9a-f]{16}\.partial", ".tmp", name) for name in names)
+    return f"{call} {where}" + ("" if result == "0" else " FAILED")

@@ -1,0 +1,420 @@
+"""The local backend against a real disk: hostile entries, full and read-only disks, and who is flushed when."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import mounted
+
+from ckptstore import posix
+from ckptstore.backends import local
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import (
+    AlreadyExists,
+    BackendError,
+    InvalidName,
+    InvalidOption,
+    InvalidURL,
+    NotFound,
+    PermissionDenied,
+    StorageFull,
+)
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> LocalBackend:
+    return LocalBackend.open(str(tmp_path / "store"), {})
+
+
+@pytest.fixture(autouse=True)
+def _never_hang() -> Iterator[None]:
+    """Opening a FIFO may block for ever; then SIGALRM ends the test run loudly."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+def _write(backend: LocalBackend, key: str, data: bytes) -> None:
+    writer = backend.open_writer(key)
+    writer.write(0, memoryview(data))
+    writer.finish()
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+
+
+# -- where the store is
+
+
+def test_open_touches_nothing_and_reads_of_nothing_are_not_found(tmp_path: Path) -> None:
+    backend = LocalBackend.open(str(tmp_path / "a" / "b"), {})
+    assert [*backend.list("")] == []
+    with pytest.raises(NotFound):
+        backend.get("log/1", 10)
+    backend.delete(["log/1"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_location_is_made_absolute_once_and_tilde_is_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    backend = LocalBackend.open("~/x", {})
+    monkeypatch.chdir("/")
+    backend.put_if_absent("log/1", b"x")
+    assert (tmp_path / "~" / "x" / "log" / "1").read_bytes() == b"x"
+    assert backend.url == str(tmp_path / "~" / "x")
+
+
+def test_dot_dot_behind_a_link_means_what_the_system_means(tmp_path: Path) -> None:
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
+    LocalBackend.open(f"{tmp_path}/link/../store", {}).put_if_absent("log/1", b"x")
+    assert (tmp_path / "real" / "store" / "log" / "1").exists()
+
+
+@pytest.mark.parametrize(("location", "options"), [("", {}), ("a\0b", {}), ("x", {"cache": "1"})])
+def test_bad_location_or_option(location: str, options: dict[str, str]) -> None:
+    with pytest.raises(InvalidOption if options else InvalidURL):
+        LocalBackend.open(location, options)
+
+
+@pytest.mark.parametrize("below", ["", "/store", "/store/deeper"])
+def test_a_file_in_the_place_of_the_root_is_said_to_be_one(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    backend = LocalBackend.open(f"{tmp_path}/file{below}", {})
+    for call in _calls(backend, "log/1"):
+        with pytest.raises(BackendError, match="this is a file, not a folder") as caught:
+            call()
+        assert caught.value.filename == str(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_a_root_behind_a_dangling_link_is_not_an_empty_store(tmp_path: Path) -> None:
+    (tmp_path / "disk").symlink_to(tmp_path / "not mounted")
+    for location in ("disk", "disk/store"):
+        for call in _calls(LocalBackend.open(str(tmp_path / location), {}), "log/1"):
+            with pytest.raises(BackendError, match="is its disk mounted"):
+                call()
+
+
+def test_the_root_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    backend = LocalBackend.open(str(tmp_path / "link"), {})
+    backend.put_if_absent("log/1", b"x")
+    assert backend.get("log/1", 1) == b"x"
+    assert (tmp_path / "real" / "log" / "1").exists()
+
+
+@pytest.mark.parametrize("key", ["", "/etc/x", "../x", "a/../../x", "a//b", "a/.", "a\0b"])
+def test_keys_cannot_leave_the_root(tmp_path: Path, backend: LocalBackend, key: str) -> None:
+    for call in _calls(backend, key):
+        with pytest.raises(InvalidName):
+            call()
+    assert _files(tmp_path) == []
+
+
+def _calls(backend: LocalBackend, key: str) -> list[Callable[[], object]]:
+    """Every method of the backend, applied to one key."""
+    return [
+        lambda: backend.get(key, 100),
+        lambda: backend.stat(key),
+        lambda: backend.read_into(key, 0, memoryview(bytearray(1))),
+        lambda: backend.put_if_absent(key, b"x"),
+        lambda: backend.replace(key, b"x"),
+        lambda: backend.open_writer(key),
+        lambda: backend.delete([key]),
+        lambda: [*backend.list(key + "/")],
+    ]
+
+
+# -- entries that somebody planted
+
+
+def test_a_linked_folder_is_never_followed(tmp_path: Path, backend: LocalBackend) -> None:
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "state.pt").write_bytes(b"secret")
+    (outside / "deep" / "state.pt").write_bytes(b"secret")
+    backend.put_if_absent("data/real/x", b"x")
+    (tmp_path / "store" / "data" / "x").symlink_to(outside)
+    for key in ("data/x/state.pt", "data/x/new", "data/x/deep/state.pt", "data/x/new/new"):
+        for call in _calls(backend, key):
+            with pytest.raises(BackendError, match=r"symbolic link.*remove it"):
+                call()
+    assert _files(outside) == ["deep/state.pt", "state.pt"]
+    assert [(i.key, i.size) for i in backend.list("data/")] == [("data/real/x", 1), ("data/x", 0)]
+    backend.delete(["data/x"])
+    assert [i.key for i in backend.list("")] == ["data/real/x"]
+    assert _files(outside) == ["deep/state.pt", "state.pt"]
+
+
+def test_a_linked_file_is_never_followed(tmp_path: Path, backend: LocalBackend) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"secret")
+    backend.put_if_absent("log/1", b"x")
+    for name, target in (("2", outside), ("3", tmp_path / "nothing")):
+        (tmp_path / "store" / "log" / name).symlink_to(target)
+        for call in _calls(backend, f"log/{name}")[:3]:
+            with pytest.raises(BackendError, match="symbolic link"):
+                call()
+        with pytest.raises(AlreadyExists):
+            backend.put_if_absent(f"log/{name}", b"x")
+        writer = backend.open_writer(f"log/{name}")
+        with pytest.raises(AlreadyExists):
+            writer.finish()
+        writer.abort()
+    assert [(i.key, i.size) for i in backend.list("")] == [("log/1", 1), ("log/2", 0), ("log/3", 0)]
+    backend.replace("log/2", b"mine")
+    assert backend.get("log/2", 10) == b"mine"
+    backend.delete(["log/3"])
+    assert outside.read_bytes() == b"secret"
+    assert _files(tmp_path) == ["outside", "store/log/1", "store/log/2"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+def test_fifos_sockets_and_devices_are_refused_without_waiting(
+    tmp_path: Path, backend: LocalBackend, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.put_if_absent("log/1", b"x")
+    monkeypatch.chdir(tmp_path / "store" / "log")  # the path of a socket is at most 107 bytes long
+    if kind == "fifo":
+        os.mkfifo("2")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("2")
+    else:
+        try:
+            os.mknod("2", stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero
+        except PermissionError:
+            pytest.skip("only root can make devices")
+    for call in _calls(backend, "log/2")[:3]:
+        with pytest.raises(BackendError, match="FIFO, a socket or a device"):
+            call()
+    assert [(i.key, i.size) for i in backend.list("log/")] == [("log/1", 1), ("log/2", 0)]
+    backend.delete(["log/2"])
+    assert _files(tmp_path) == ["store/log/1"]
+
+
+def test_a_key_that_names_a_folder_is_an_error(tmp_path: Path, backend: LocalBackend) -> None:
+    backend.put_if_absent("data/x/manifest.json", b"x")
+    for call in (*_calls(backend, "data/x")[:3], _calls(backend, "data/x")[4], _calls(backend, "data/x")[6]):
+        with pytest.raises(BackendError):
+            call()
+    assert _files(tmp_path) == ["store/data/x/manifest.json"]
+
+
+def test_delete_removes_empty_folders_but_not_the_root(tmp_path: Path, backend: LocalBackend) -> None:
+    for key in ("data/x/a/b/c", "data/x/a/d", "data/y/e"):
+        backend.put_if_absent(key, b"x")
+    backend.delete(["data/x/a/b/c"])
+    assert not (tmp_path / "store/data/x/a/b").exists()
+    assert (tmp_path / "store/data/x/a").exists()
+    backend.delete(["data/x/a/d", "data/y/e"])
+    assert [*(tmp_path / "store").iterdir()] == []
+
+
+def test_names_of_255_bytes_and_deep_folders(backend: LocalBackend) -> None:
+    key = "data/" + "d/" * 60 + "n" * 255
+    backend.put_if_absent(key, b"x")
+    assert [i.key for i in backend.list("")] == [key]
+    assert backend.get(key, 1) == b"x"
+    backend.delete([key])
+    with pytest.raises(BackendError):
+        backend.put_if_absent("n" * 256, b"x")
+
+
+# -- disks that refuse
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "tmpfs", "size=1m"):
+        backend = LocalBackend.open(str(tmp_path / "disk" / "store"), {})
+        backend.put_if_absent("log/1", b"x")
+        for call in (lambda: backend.put_if_absent("log/2", bytes(2 << 20)), lambda: backend.replace("log/1", bytes(2 << 20))):
+            with pytest.raises(StorageFull, match="free space"):
+                call()
+        writer = backend.open_writer("data/x/state.pt")
+        with pytest.raises(StorageFull) as caught:
+            writer.write(0, memoryview(bytes(2 << 20)))
+        assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "disk/store/data/x/state.pt"))
+        with pytest.raises(BackendError, match="only abort may follow"):
+            writer.finish()
+        writer.abort()
+        assert _files(tmp_path / "disk") == ["store/log/1"]
+        assert backend.get("log/1", 1) == b"x"
+
+
+def test_no_inode_left(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "tmpfs", "nr_inodes=6"):
+        backend = LocalBackend.open(str(tmp_path / "disk"), {})
+        with pytest.raises(StorageFull):
+            for i in range(10):
+                backend.put_if_absent(f"log/{i}", b"x")
+        assert 1 <= len(_files(tmp_path / "disk")) < 6
+        assert not any(name.endswith(".partial") for name in _files(tmp_path / "disk"))
+
+
+def test_read_only_disk(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "tmpfs", "size=1m"):
+        backend = LocalBackend.open(str(tmp_path / "disk"), {})
+        backend.put_if_absent("log/1", b"x")
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        calls = _calls(backend, "log/1")
+        for call in (calls[3], calls[4], calls[5], calls[6]):
+            with pytest.raises(PermissionDenied, match="read-only"):
+                call()
+        assert backend.get("log/1", 1) == b"x"
+
+
+def test_what_may_not_be_looked_at_is_not_called_absent(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    backend = LocalBackend.open(str(tmp_path / "store"), {})
+    backend.put_if_absent("log/1", b"x")
+    (tmp_path / "store" / "log").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # mode bits do not stop root
+    try:
+        for call in _calls(backend, "log/1"):
+            with pytest.raises(PermissionDenied):
+                call()
+    finally:
+        os.seteuid(user)
+        (tmp_path / "store" / "log").chmod(0o755)
+
+
+def test_file_too_large_for_the_process(tmp_path: Path) -> None:
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n" + _PUT.replace("b'x'", "bytes(2000)")
+    assert _run(tmp_path, code)["error"] == "StorageFull"
+    assert _files(tmp_path) == []
+
+
+# -- threads, processes, descriptors
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path, backend: LocalBackend) -> None:
+    backend.put_if_absent("log/1", b"x")
+    (tmp_path / "store" / "link").symlink_to(tmp_path)
+    before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else os.listdir("/dev/fd")
+    for key in ("log/1", "log/new", "link/x", "log", "log/1/x", "no/x", ".."):
+        for call in _calls(backend, key):
+            try:
+                result = call()
+            except (BackendError, NotFound, InvalidName, AlreadyExists):
+                continue
+            if isinstance(result, local._LocalWriter):
+                result.abort()
+    _write(backend, "data/x", b"x")
+    next(iter(backend.list("")))
+    assert os.listdir("/proc/self/fd" if os.path.exists("/proc/self/fd") else "/dev/fd") == before
+
+
+def test_deleting_the_last_file_of_a_folder_does_not_disturb_who_writes_there(backend: LocalBackend) -> None:
+    stop = threading.Event()
+
+    def delete() -> None:
+        mine = LocalBackend.open(backend.root, {})
+        while not stop.is_set():
+            mine.delete(["data/x/y/other"])  # not there, so the folders are removed whenever they are empty
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    try:
+        for _ in range(100):
+            _write(backend, "data/x/y/state.pt", b"x")
+            backend.delete(["data/x/y/state.pt"])
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_abort_does_not_close_the_file_under_a_writing_thread(
+    tmp_path: Path, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow_write_all(fd: int, offset: int, view: memoryview) -> None:
+        inside.set()
+        go_on.wait()
+        posix.write_all(fd, offset, view)  # would hit a closed descriptor, or somebody else's file
+
+    monkeypatch.setattr(local, "write_all", slow_write_all)
+    writer = backend.open_writer("data/x")
+    errors: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            writer.write(0, memoryview(b"x"))
+        except BaseException as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    inside.wait()
+    before = len(os.listdir("/dev/fd"))
+    writer.abort()
+    go_on.set()
+    thread.join()
+    assert errors == []
+    assert len(os.listdir("/dev/fd")) < before
+    assert _files(tmp_path) == []
+
+
+def test_processes_race_for_slots(tmp_path: Path) -> None:
+    code = _HEAD + (
+        "sys.stdin.readline()\nwon = []\nfor i in range(40):\n"
+        "    try: backend.put_if_absent(f'log/{i}', str(os.getpid()).encode()); won.append(i)\n"
+        "    except AlreadyExists: pass\nprint(json.dumps([os.getpid(), won]))\n"
+    )
+    racers = [_start(tmp_path, code) for _ in range(4)]
+    for racer in racers:
+        assert racer.stdin
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    winners = dict(json.loads(racer.communicate()[0]) for racer in racers)
+    assert sorted(i for won in winners.values() for i in won) == list(range(40))
+    for pid, won in winners.items():
+        assert all((tmp_path / "store" / "log" / str(i)).read_text() == str(pid) for i in won)
+
+
+def test_survives_a_fork(tmp_path: Path) -> None:
+    fork = "pid = os.fork()\nif not pid:\n    backend.put_if_absent('log/2', b'child')\n    os._exit(0)\nos.waitpid(pid, 0)\n"
+    assert _run(tmp_path, _PUT + fork + "backend.put_if_absent('log/3', b'parent')\n")["error"] is None
+    assert _files(tmp_path) == ["store/log/1", "store/log/2", "store/log/3"]
+
+
+# -- children, for what needs a process of its own
+
+_HEAD = """
+import json, os, sys
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import AlreadyExists
+backend = LocalBackend.open("store", {})
+"""
+_PUT = _HEAD + "backend.put_if_absent('log/1', b'x')\n"
+
+
+def _start(place: Path, code: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(Path(posix.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=place, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def _run(place: Path, code: str) -> dict[str, object]:
+    """Run `code` in a child; return the name of the error it ended with, if any."""
+    env = {**os.environ, "PYTHONPATH": str(Path(posix.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, text=True, capture_output=True)
+    last = done.stderr.strip().splitlines()[-1:] or [""]
+    return {"error": last[0].partition(":")[0].rpartition(".")[2] if done.returncode else None}
