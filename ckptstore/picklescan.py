@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from .errors import UnsafeContent
 
-__all__ = ["global_names", "scan", "storage_item"]
+__all__ = ["global_names", "scan"]
 
 _SLACK = 1 << 20
 """Bytes a pickle may always allocate."""
@@ -77,7 +77,7 @@ def _modern(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-def storage_item(name: str) -> int:
+def _storage_item(name: str) -> int:
     """Return the bytes per element of the storage class `name` (``FloatStorage``); untyped ones count bytes."""
     return _STORAGE_ITEM.get(name.rpartition(".")[2].removesuffix("Storage"), 1)
 
@@ -273,7 +273,7 @@ class _Machine:
         kind, key, numel = pid[1].name, pid[2], pid[4]
         if not isinstance(key, str) or not isinstance(numel, int) or key not in self.records:
             raise UnsafeContent(f"its pickle wants a storage that is not in the file: {key if isinstance(key, str) else '?'!r}")
-        item = storage_item(kind)
+        item = _storage_item(kind)
         if not 0 <= numel * item <= self.records[key]:
             raise UnsafeContent(f"storage {key} declares {numel} elements of {item} bytes, but has {self.records[key]} bytes")
         if key not in self.seen:

@@ -17,8 +17,8 @@ import torch
 
 from . import archive
 from .errors import BackendError, NotSerializable, UnsafeContent
-from .picklescan import global_names, storage_item
-from .unpicklable import refusal
+from .picklescan import global_names
+from .unpicklable import check_storage, refusal
 
 __all__ = ["Sink", "load", "save"]
 
@@ -129,19 +129,13 @@ class _Recorder:
 
 
 def _watched(persistent_id: Callable[[Any, Any], Any], storages: set[str]) -> Callable[[Any, Any], Any]:
-    """Note the keys of storages, and refuse those that torch writes but cannot read back: ending in the middle of an element."""
+    """Note the keys of the storages that are written, and refuse those that could not be read back."""
 
     def watch(self: Any, obj: Any) -> Any:
         pid = persistent_id(self, obj)
         if pid is not None:
+            check_storage(obj)
             storages.add(pid[2])
-            storage = getattr(obj, "_untyped_storage", obj)  # private; the public `untyped` warns that it will change
-            item = storage_item(pid[1].__name__)
-            if pid[4] * item != storage.nbytes():
-                raise pickle.PicklingError(
-                    f"a tensor of {item}-byte elements lies in a storage of {storage.nbytes()} bytes, which torch.load would "
-                    "refuse; save a clone() of it"
-                )
         return pid
 
     return watch

@@ -1,4 +1,4 @@
-"""Say which part of an object cannot be pickled, in words that help."""
+"""What torch.save cannot write, or would write and never read again; and which part of an object that is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["refusal"]
+__all__ = ["check_storage", "refusal"]
 
 _REFUSALS = (pickle.PicklingError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 """What the pickler and torch raise for an object they cannot write; `RecursionError` and `NotImplementedError` are RuntimeErrors."""
@@ -17,10 +17,29 @@ _OURS = frozenset({"ckptstore", "copyreg", "pickle", "torch"})
 _MAX_DEPTH = 100
 
 
+def check_storage(storage: Any) -> None:
+    """Refuse a storage that ends in the middle of an element: torch.save writes all its bytes, torch.load wants whole elements.
+
+    Such a one lies under ``torch.zeros(10, dtype=torch.uint8)[:8].view(torch.float32)``. Seen in torch 2.13.
+
+    Raises:
+        pickle.PicklingError: says what to do.
+    """
+    untyped = getattr(storage, "_untyped_storage", storage)  # private; the public `untyped` warns that it will change
+    item = 1 if untyped is storage else storage.dtype.itemsize
+    if untyped.nbytes() % item:
+        raise pickle.PicklingError(
+            f"a tensor of {item}-byte elements lies in a storage of {untyped.nbytes()} bytes, which torch.load would refuse; "
+            "save a clone() of it"
+        )
+
+
 def refusal(exc: BaseException, obj: Any) -> str | None:
     """Explain `exc`, which pickling `obj` raised; None if it came from code of the user's (a ``__reduce__``, for instance)."""
     if not isinstance(exc, _REFUSALS) or any(package not in _OURS for package in _packages(exc)):
         return None
+    if isinstance(exc, RecursionError):
+        return f"torch.save cannot write obj: it is nested too deeply ({exc})"
     path, culprit = _find(obj)
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
     return f"torch.save cannot write obj{path} ({kind}): {exc}"
@@ -76,4 +95,7 @@ class _Probe(pickle.Pickler):
     """Pickles everything but the bytes of tensors."""
 
     def persistent_id(self, obj: Any) -> str | None:
-        return "storage" if isinstance(obj, (torch.TypedStorage, torch.UntypedStorage)) else None
+        if not isinstance(obj, (torch.TypedStorage, torch.UntypedStorage)):
+            return None
+        check_storage(obj)
+        return "storage"
