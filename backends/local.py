@@ -259,7 +259,7 @@ class LocalBackend:
 
     def _new_file(self, key: str) -> NewFile:
         *above, name = _segments(key)
-        attempts = 6
+        attempts = 100
         while True:
             try:
                 folders = self._folders(above, create=True)
@@ -269,7 +269,8 @@ class LocalBackend:
                     folders.close()
                     raise
             except FileNotFoundError:
-                # A `delete` elsewhere has just removed the folder because it was empty. Once our file is in it, none can.
+                # A `delete` elsewhere has just removed the folder because it was empty. Once our file is in it, none
+                # can. (Six attempts were too few against a tight loop of deletes.)
                 attempts -= 1
                 if not attempts:
                     raise
