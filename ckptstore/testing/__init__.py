@@ -5,7 +5,11 @@ Needs pytest (``pip install ckptstore[testing]``).
 
 from __future__ import annotations
 
-from .conformance import BackendConformance
-from .faults import Fault, FaultyBackend
+import pytest
+
+pytest.register_assert_rewrite("ckptstore.testing.conformance")  # so that its failures show values, as those of test files do
+
+from .conformance import BackendConformance  # noqa: E402
+from .faults import Fault, FaultyBackend  # noqa: E402
 
 __all__ = ["BackendConformance", "Fault", "FaultyBackend"]
