@@ -70,13 +70,13 @@ def _entries(buffer: memoryview) -> dict[str, tuple[int, int]]:
     for _ in range(count):
         if offset + _ENTRY.size > end:
             raise UnsafeContent("its zip directory is cut off")
-        signature, _, _, flags, method, *_, packed, size, n, n_extra, n_comment, _, _, _, header = _ENTRY.unpack_from(
+        signature, _, _, flags, method, *_, packed, size, n, n_extra, n_comment, disk, _, _, header = _ENTRY.unpack_from(
             buffer, offset
         )
         path = bytes(buffer[offset + 46 : offset + 46 + n])
         extra = buffer[offset + 46 + n : min(offset + 46 + n + n_extra, end)]
         offset += _ENTRY.size + n + n_extra + n_comment
-        if signature != b"PK\x01\x02" or offset > end:
+        if signature != b"PK\x01\x02" or disk or offset > end:
             raise UnsafeContent("its zip directory is malformed")
         if method != 0 or flags & ~_FLAGS:
             raise UnsafeContent(f"entry {_text(path)} is compressed or encrypted, and torch.save does neither")

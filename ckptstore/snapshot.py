@@ -106,10 +106,9 @@ def restore(target: Any, state: Any) -> None:
     for path, act in plan.actions:
         try:
             act()
-        except StateMismatch:
-            raise
         except Exception as exc:
-            raise StateMismatch(f"{path or 'the object'} could not take its saved state: {exc}") from exc
+            reason = " ".join(str(exc).split())  # torch's reasons have many lines
+            raise StateMismatch(f"{path or 'the object'} could not take its saved state: {reason}") from exc
 
 
 class _Plan:

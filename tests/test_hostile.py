@@ -274,6 +274,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: patched(struct.pack("<2L", 8, 8), struct.pack("<2L", 10**9, 10**9), 1),
         "overlap or reach beyond",
     ),
+    "on another disk": (lambda: entry_field("archive/data/0", 34, "<H", 1), "malformed"),
     "header beyond the file": (lambda: entry_field("archive/data/0", 42, "<L", 10**9), "outside the file"),
     "header of another entry": (lambda: entry_field("archive/data/0", 42, "<L", 0), "two different ways"),
     "same name twice": (twice, "two entries named"),
