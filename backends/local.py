@@ -52,6 +52,7 @@ class LocalBackend:
         # Folders whose entry in the folder above is known to be on disk: (path, device, inode). A folder that was merely *found* is not
         # known to be: whoever made it may have been killed before the flush, or is about to flush it in another thread.
         self._settled: set[tuple[str, int, int]] = set()
+        self._root_id: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, location: str, options: Mapping[str, str]) -> LocalBackend:
@@ -95,7 +96,7 @@ class LocalBackend:
     def open_writer(self, key: str) -> PartWriter:
         """See `Backend.open_writer`."""
         with mapped_errors("create", self._path(key)):
-            return _LocalWriter(self, self._new_file(key))
+            return _LocalWriter(self, self._new_file(key), _segments(key)[:-1])
 
     def get(self, key: str, limit: int) -> bytes:
         """See `Backend.get`."""
@@ -132,7 +133,8 @@ class LocalBackend:
         return ObjectInfo(key, found.st_size)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
-        """See `Backend.list`. Links, FIFOs, sockets and devices are listed with size 0, so that `delete` can remove them."""
+        """See `Backend.list`. Links, FIFOs, sockets and devices are listed with size 0, so that `delete` can remove them, and so are
+        empty folders, with a final ``/``."""
         above = _segments(prefix[:-1]) if prefix else []
         stack = [iter(self._scan(above, start_after))]
         while stack:
@@ -157,7 +159,9 @@ class LocalBackend:
                 return []
             # Descriptors are closed before the first item is handed out: a caller may drop the iterator, or fork.
             with folders, os.scandir(folders.fd) as entries:
+                empty = len(above) > 1  # the folders at the top stay
                 for entry in entries:
+                    empty = False
                     key = prefix + entry.name
                     if entry.is_dir(follow_symlinks=False):
                         # The final "/" sorts "a.b" before "a/b" as the keys do.
@@ -168,13 +172,18 @@ class LocalBackend:
                         except FileNotFoundError:
                             continue
                         found.append((key, ObjectInfo(key, info.st_size if stat.S_ISREG(info.st_mode) else 0)))
+        if empty and prefix > start_after:
+            return [ObjectInfo(prefix, 0)]  # left by somebody killed before the first file; so that `delete` can remove it
         return [info for _, info in sorted(found, key=lambda item: item[0])]
 
     def delete(self, keys: Sequence[str]) -> None:
         """See `Backend.delete`. A link is removed itself, never what it points to."""
         parents: set[tuple[str, ...]] = set()
         for key in keys:
-            *above, name = _segments(key)
+            *above, name = _segments(key.removesuffix("/"))
+            if key.endswith("/"):  # an empty folder, as `list` has it
+                parents.add((*above, name))
+                continue
             with mapped_errors("delete", self._path(key)), suppress(FileNotFoundError), self._folders(above) as folders:
                 self._unlink(folders.fd, name, self._path(key))
             parents.add(tuple(above))
@@ -210,6 +219,7 @@ class LocalBackend:
         """Open the root and the folders `segments` below it. FileNotFoundError means that one is proven to be missing."""
         folders = Folders(self.root, self._open_root(create))
         try:
+            self._check_root(folders)
             for segment in segments:
                 if not create:
                     folders.descend(segment)
@@ -219,6 +229,17 @@ class LocalBackend:
             folders.close()
             raise
         return folders
+
+    def _check_root(self, folders: Folders) -> None:
+        """Refuse to go on in another folder than before: a disk unmounted under us leaves an empty one under the same name."""
+        _, *root_id = folders.identity(0)
+        if self._root_id is None:
+            self._root_id = (root_id[0], root_id[1])
+        elif self._root_id != (root_id[0], root_id[1]):
+            why = (
+                "this is not the folder it was before: was it moved, or its disk unmounted? Open the store anew if this is meant"
+            )
+            raise BackendError(errno.ESTALE, why, self.root)
 
     def _open_root(self, create: bool) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -303,9 +324,10 @@ class LocalBackend:
 class _LocalWriter:
     """See `PartWriter`."""
 
-    def __init__(self, backend: LocalBackend, new: NewFile) -> None:
+    def __init__(self, backend: LocalBackend, new: NewFile, above: Sequence[str]) -> None:
         self._backend = backend
         self._new = new
+        self._above = above
         self._lock = threading.Lock()
         self._state = "open"
         self._writing = 0
@@ -369,3 +391,4 @@ class _LocalWriter:
         # A descriptor closed under a thread that is writing may already belong to another file, so the last one out closes it.
         if self._state == "aborted" and not self._writing:
             self._new.close()
+            self._backend._prune(self._above)

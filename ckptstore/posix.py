@@ -20,6 +20,7 @@ from .errors import (
     NotFound,
     PermissionDenied,
     StorageFull,
+    Unreadable,
 )
 
 __all__ = [
@@ -81,6 +82,8 @@ def typed_error(exc: OSError, doing: str, path: str | None = None, *, absent: bo
     path = path or exc.filename or ""
     if absent and exc.errno == errno.ENOENT:
         return NotFound(exc.errno, "there is no such file", path)
+    if doing == "read" and exc.errno == errno.EIO:
+        return Unreadable(exc.errno, "the disk can no longer read this: look at the kernel's log, and use another disk", path)
     kind, hint = _HINTS.get(exc.errno or 0, _DEFAULT_HINT)
     return kind(exc.errno or errno.EIO, f"could not {doing}: {exc.strerror or exc}; {hint}", path)
 
@@ -94,6 +97,7 @@ def mapped_errors(doing: str, path: str | None = None, *, absent: bool = False) 
     Raises:
         StorageFull: ENOSPC, EDQUOT, EFBIG.
         PermissionDenied: EACCES, EPERM, EROFS.
+        Unreadable: EIO while doing "read".
         NotFound: ENOENT, if `absent`.
         BackendError: everything else.
     """
@@ -186,7 +190,9 @@ def link_new(temp: str, name: str, dir_fd: int, path: str) -> None:
     except OSError as exc:
         if exc.errno in _REFUSED or isinstance(exc, CkptStoreError):
             raise
-        raise Ambiguous(exc.errno, f"could not learn whether it was created: {exc.strerror}; look again later", path) from exc
+        # durable=False: should it turn out to be there, nobody has flushed the folder.
+        why = f"could not learn whether it was created: {exc.strerror}; look again later"
+        raise Ambiguous(exc.errno, why, path, durable=False) from exc
 
 
 def _rename_new(temp: str, name: str, dir_fd: int, path: str) -> None:

@@ -62,6 +62,7 @@ class PartWriter(Protocol):
             AlreadyExists: the key is taken.
             BackendError: not durable, and MUST NOT be left visible; only `abort` may follow. A failed flush is final: never flush
                 the same file again and believe the answer.
+            Ambiguous: not known to be durable, and it could not be taken away again either.
         """
 
     def abort(self) -> None:

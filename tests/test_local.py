@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from ckptstore.errors import (
     NotFound,
     PermissionDenied,
     StorageFull,
+    Unreadable,
 )
 
 
@@ -418,3 +420,54 @@ def _run(place: Path, code: str) -> dict[str, object]:
     done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, text=True, capture_output=True)
     last = done.stderr.strip().splitlines()[-1:] or [""]
     return {"error": last[0].partition(":")[0].rpartition(".")[2] if done.returncode else None}
+
+
+def test_another_folder_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    """A disk unmounted under a running job leaves an empty folder where the store was: nothing may be committed there."""
+    backend = LocalBackend.open(str(tmp_path / "store"), {})
+    backend.put_if_absent("log/1", b"1")
+    (tmp_path / "store").rename(tmp_path / "away")
+    (tmp_path / "store").mkdir()
+    for use in (
+        lambda: backend.put_if_absent("log/2", b"2"),
+        lambda: backend.stat("log/1"),
+        lambda: list(backend.list("")),
+        lambda: backend.open_writer("data/x/y"),
+    ):
+        with pytest.raises(BackendError, match="not the folder it was before"):
+            use()
+    assert list((tmp_path / "store").iterdir()) == []
+    (tmp_path / "store").rmdir()
+    (tmp_path / "away").rename(tmp_path / "store")
+    backend.put_if_absent("log/2", b"2")
+
+
+def test_an_empty_folder_left_behind_is_listed_and_deleted(tmp_path: Path) -> None:
+    backend = LocalBackend.open(str(tmp_path), {})
+    (tmp_path / "data/x/y").mkdir(parents=True)
+    (tmp_path / "data/z").mkdir()
+    keys = [info.key for info in backend.list("data/")]
+    assert keys == ["data/x/y/", "data/z/"]
+    assert [info.key for info in backend.list("data/", "data/x/y/")] == ["data/z/"]
+    backend.delete(keys)
+    assert list(backend.list("")) == []
+    assert not (tmp_path / "data").exists() or not any((tmp_path / "data").iterdir())
+
+
+def test_a_media_error_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO of a read is for good, and the layer above may fall back; EIO of a look-up proves nothing."""
+    backend = LocalBackend.open(str(tmp_path), {})
+    backend.put_if_absent("data/x", b"12345")
+
+    def lost(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", lost)
+    with pytest.raises(Unreadable):
+        backend.read_into("data/x", 0, memoryview(bytearray(5)))
+    with pytest.raises(Unreadable):
+        backend.get("data/x", 100)
+    monkeypatch.setattr(os, "stat", lost)
+    with pytest.raises(BackendError) as caught:
+        backend.stat("data/x")
+    assert not isinstance(caught.value, Unreadable)
