@@ -459,15 +459,16 @@ def test_a_media_error_is_told_from_other_errors(tmp_path: Path, monkeypatch: py
     backend = LocalBackend.open(str(tmp_path), {})
     backend.put_if_absent("data/x", b"12345")
 
-    def lost(*_: object) -> int:
+    def lost(*_: object, **__: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "preadv", lost)
-    with pytest.raises(Unreadable):
-        backend.read_into("data/x", 0, memoryview(bytearray(5)))
-    with pytest.raises(Unreadable):
-        backend.get("data/x", 100)
-    monkeypatch.setattr(os, "stat", lost)
-    with pytest.raises(BackendError) as caught:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", lost)
+        with pytest.raises(Unreadable):
+            backend.read_into("data/x", 0, memoryview(bytearray(5)))
+        with pytest.raises(Unreadable):
+            backend.get("data/x", 100)
+    with monkeypatch.context() as patch, pytest.raises(BackendError) as caught:
+        patch.setattr(os, "stat", lost)
         backend.stat("data/x")
     assert not isinstance(caught.value, Unreadable)
