@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import sys
 import types
 import zipfile
 from collections.abc import Callable, Iterable
@@ -49,11 +50,12 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
     """
     guard = _Guard(sink)
     recorder = _Recorder(guard)
+    handled = sys.exc_info()[1]
     try:
         torch.save(obj, cast(IO[bytes], guard), pickle_module=recorder.module)
     except BaseException as exc:
         # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
-        error = guard.error or _interrupt_behind(exc)
+        error = guard.error or _interrupt_behind(exc, handled)
         if error is not None and error is not exc:
             raise error from error.__cause__
         if exc is recorder.error and (problem := refusal(exc, obj)):
@@ -62,11 +64,11 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
     return recorder.unsafe
 
 
-def _interrupt_behind(exc: BaseException | None) -> BaseException | None:
-    """Return the KeyboardInterrupt or the like that `exc` was raised on top of."""
-    while exc is not None and isinstance(exc, Exception):
+def _interrupt_behind(exc: BaseException | None, handled: BaseException | None) -> BaseException | None:
+    """Return the KeyboardInterrupt or the like that `exc` was raised on top of, but not one the caller is handling already."""
+    while isinstance(exc, Exception) and exc is not handled:
         exc = exc.__context__
-    return exc
+    return exc if exc is not handled else None
 
 
 class _Guard:

@@ -281,6 +281,8 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "names that differ in case": (lambda: with_entry("archive/DATA/0", bytes(8)), "two entries named"),
     "NUL in a name": (lambda: GOOD.replace(b"archive/version", b"archive/vers\0on"), "cannot be told apart"),
     "more entries than there are": (lambda: end_field(8, 60_000, 60_000), "directory is cut off"),
+    "fewer entries than there are": (lambda: end_field(8, 3, 3), "as many entries"),
+    "directory of another size": (lambda: end_field(12, 50, 0), "malformed"),
     "large byteorder": (lambda: archive_with_large_byteorder(), "is large"),
     "directory elsewhere": (lambda: end_field(16, 0, 0), "malformed"),
     "zip64 locator to nowhere": (lambda: zip64(HUGE), "zip64"),

@@ -179,13 +179,14 @@ def test_what_weights_only_refuses_is_named_when_saved(make: Callable[[], Any], 
     assert str(torchfile.load(data, weights_only=False)["deep"]) == str([make()])
 
 
-def test_what_this_process_allows_is_not_reported_and_loads() -> None:
-    obj = [Config(0.5), torch.ones(2)]
-    with torch.serialization.safe_globals([Config]):
-        unsafe, data = saved(obj)
+@pytest.mark.parametrize("obj", [Config(0.5), range(3)], ids=["class", "pickled under its Python 2 name"])
+def test_what_this_process_allows_is_not_reported_and_loads(obj: Any) -> None:
+    with torch.serialization.safe_globals([type(obj)]):
+        unsafe, data = saved([obj, torch.ones(2)])
         assert unsafe == ()
-        assert torchfile.load(data)[0] == Config(0.5)
-    assert saved(obj)[0] == (f"{__name__}.Config",), "what was allowed for a while must not be remembered"
+        assert torchfile.load(data)[0] == obj
+    name = f"{type(obj).__module__}.{type(obj).__qualname__}"
+    assert saved(obj)[0] == (name,), "what was allowed for a while must not be remembered"
 
 
 def test_an_allowed_class_that_torch_still_refuses_is_reported() -> None:
@@ -208,6 +209,12 @@ def test_sharing_survives() -> None:
     got["a"][3] = -1
     assert got["b"][1] == -1 and got["same"][0] is got["same"][1] and got["list"][0] is got["list"][1]
     assert got["a"].untyped_storage().data_ptr() == got["b"].untyped_storage().data_ptr()
+
+
+def test_many_views_of_one_large_storage() -> None:
+    base = torch.zeros(1_000_000)
+    data = saved([base[i:] for i in range(50)])[1]
+    assert len(data) < 2 * base.nbytes and len(torchfile.load(data)) == 50
 
 
 def test_a_cycle_survives() -> None:
@@ -316,6 +323,15 @@ def test_ctrl_c_on_entry_to_our_write_is_not_lost() -> None:
         finally:
             sys.setprofile(None)
         assert entered >= index + 1
+
+
+def test_an_emergency_save_on_ctrl_c_fails_for_its_own_reason() -> None:
+    for error in (StorageFull("full"), None):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            with pytest.raises(StorageFull if error else NotSerializable):
+                torchfile.save(STATE if error else [threading.Lock()], Sink(3, error))
 
 
 class Raises:
