@@ -41,12 +41,14 @@ hand, ours = [], []
 for step in range(ROUNDS):
     hand.append(timed(by_hand, f"{folder}/hand/latest.pt"))
     ours.append(timed(lambda: store.save(state, step=step)))  # noqa: B023  # called at once
+    while len(os.listdir(f"{folder}/small/data")) > 2:  # pruning goes on in the background; it must not slow the other side down
+        pass
 pairs = sorted(b / a for a, b in zip(hand, ours, strict=True))
 print(
     json.dumps(
         {
             "by hand (ms)": round(1e3 * median(hand), 2),
-            "store.save, pruning the one before last (ms)": round(1e3 * median(ours), 2),
+            "store.save (ms)": round(1e3 * median(ours), 2),
             "ratio of medians": round(median(ours) / median(hand), 2),
             "ratio, pair by pair (quartiles)": f"{pairs[ROUNDS // 4]:.2f} – {pairs[3 * ROUNDS // 4]:.2f}",
         }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 
 from .checksum import sha256
-from .errors import BackendError, CheckpointNotFound, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
+from .errors import CheckpointNotFound, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
 from .log import Head, Log
 from .manifest import MANIFEST_LIMIT, Manifest, decode
 from .naming import MANIFEST, data_key
@@ -30,6 +32,8 @@ class Engine:
         """Checkpoints read back here: whole or not. The next commit writes it down."""
         self.deleted: set[str] = set()
         """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
+        self._lock = threading.Lock()
+        self._deletions: list[Future[None]] = []
         self._keys: dict[str, list[str]] = {}
         self._warned: set[str] = set()
 
@@ -95,21 +99,38 @@ class Engine:
         self._keys.pop(checkpoint_id, None)
 
     def delete_retired(self, ids: Iterable[str]) -> None:
-        """Delete the data of retired checkpoints; what fails stays in the record's `retired` and is tried again later."""
-        ids = list(ids)
-        self.deleted.intersection_update(ids)  # the others are off the record
+        """Begin to delete the data of retired checkpoints, in the background: training need not wait for it.
+
+        What fails stays in the record's `retired` and is tried again after the next commit.
+        """
+        with self._lock:
+            self.deleted.intersection_update(ids := set(ids))  # the others are off the record
+            if todo := sorted(ids - self.deleted):
+                self._deletions.append(self.workers.submit(self._delete_all, todo))
+
+    def _delete_all(self, ids: list[str]) -> None:
         for checkpoint_id in ids:
-            if checkpoint_id not in self.deleted:
-                with suppress(BackendError):
-                    self.delete_data(checkpoint_id)
+            with suppress(CkptStoreError):
+                self.delete_data(checkpoint_id)
+                with self._lock:
                     self.deleted.add(checkpoint_id)
+
+    def settle(self) -> None:
+        """Wait for the deletions begun before: the next change starts from a quiet store, with the space they free."""
+        with self._lock:
+            deletions, self._deletions = self._deletions, []
+        if self.workers.alive:
+            for deletion in deletions:
+                deletion.result()
 
     def write_down(self, state: Record) -> Record:
         """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""
+        with self._lock:
+            gone = set(self.deleted)
         return replace(
             state,
             checkpoints=tuple(self._judged(e) for e in state.checkpoints),
-            retired=tuple(i for i in state.retired if i not in self.deleted),
+            retired=tuple(i for i in state.retired if i not in gone),
         )
 
     def _judged(self, entry: Entry) -> Entry:

@@ -186,6 +186,7 @@ class Store:
             return state.without({entry.id})
 
         self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
+        self._engine.settle()
 
     def prune(self) -> list[str]:
         """Apply the retention rules now, as every save does, and return the ids of the checkpoints that went."""
@@ -198,6 +199,7 @@ class Store:
             return written.without(ids) if ids or written != state else None
 
         self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
+        self._engine.settle()
         return gone
 
     def gc(self) -> Garbage:
@@ -206,10 +208,11 @@ class Store:
         Raises:
             DamagedRecord: the newest record is damaged; acquire first.
         """
+        self._engine.settle()
         head = self._engine.log.head()
         garbage = find_garbage(self._engine.backend, head)
         self._engine.backend.delete([*garbage.keys, *unfinished_records(self._engine.backend, head)])
-        self._engine.deleted.update(set(garbage.ids) | set(head.record.retired))
+        self._engine.deleted.update(head.record.retired)
         return garbage
 
     def resolve(self, unknown: CommitUnknown) -> bool:

@@ -147,6 +147,7 @@ class Transaction:
     def __enter__(self) -> Transaction:
         if self._state != "new":
             raise UsageError("a transaction can be used once; ask the store for another one")
+        self._engine.settle()
         self._epoch = self._writer.begin()
         self.id = new_id(self._epoch, self._draft.step)
         self._state = "open"

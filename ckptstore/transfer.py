@@ -38,6 +38,11 @@ class Workers:
                 self._pool, self._pid = ThreadPoolExecutor(self.count, "ckptstore"), os.getpid()
             return self._pool.submit(call, *args)
 
+    @property
+    def alive(self) -> bool:
+        """Whether threads were started in this process; after a fork there are none, and what they were given never ends."""
+        return self._pool is not None and self._pid == os.getpid()
+
     def map(self, call: Callable[[Any], _R], items: Iterable[Any]) -> Iterator[_R]:
         """Yield ``call(item)`` in order, running a bounded number ahead. Everything begun has ended when this is closed or raises."""
         items = iter(items)
