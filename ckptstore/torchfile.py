@@ -51,17 +51,25 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
     guard = _Guard(sink)
     recorder = _Recorder(guard)
     handled = sys.exc_info()[1]
+    failure: BaseException | None = None
     try:
         torch.save(obj, cast(IO[bytes], guard), pickle_module=recorder.module)
     except BaseException as exc:
         # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
-        error = guard.error or _interrupt_behind(exc, handled)
-        if error is not None and error is not exc:
-            raise error from error.__cause__
-        if exc is recorder.error and (problem := refusal(exc, obj)):
-            raise NotSerializable(problem) from exc
-        raise
-    return recorder.unsafe
+        failure = guard.error or _interrupt_behind(exc, handled) or exc
+    unpicklable = failure is recorder.error
+    # Cycles of garbage (a class per save, an error that knows its own frame) must not keep tensors until the next collection;
+    # so nothing is raised inside the except clause above either, which would chain torch's error to the one it holds.
+    guard.close()
+    recorder.error = None
+    try:
+        if failure is None:
+            return recorder.unsafe
+        if unpicklable and (problem := refusal(failure, obj)):
+            raise NotSerializable(problem) from failure
+        raise failure
+    finally:
+        del failure
 
 
 def _interrupt_behind(exc: BaseException | None, handled: BaseException | None) -> BaseException | None:
@@ -78,12 +86,12 @@ class _Guard:
     """
 
     def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+        self._sink: Sink | None = sink
         self.error: BaseException | None = None
         self.shut = False
 
     def write(self, data: memoryview) -> int:
-        if self.shut:
+        if self.shut or self._sink is None:
             return len(data)
         self.shut = True  # first, so that an error that comes at any moment leaves it so
         try:
@@ -95,6 +103,9 @@ class _Guard:
             raise
         self.shut = False
         return taken
+
+    def close(self) -> None:
+        self._sink = self.error = None
 
     def flush(self) -> None:
         """torch asks for one at the end; durability is the sink's business."""

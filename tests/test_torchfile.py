@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -327,11 +328,35 @@ def test_ctrl_c_on_entry_to_our_write_is_not_lost() -> None:
 
 def test_an_emergency_save_on_ctrl_c_fails_for_its_own_reason() -> None:
     for error in (StorageFull("full"), None):
+        for handled in ("the interrupt", "an error while handling it"):
+            try:
+                try:
+                    raise KeyboardInterrupt
+                finally:
+                    if handled != "the interrupt":
+                        raise ValueError
+            except (KeyboardInterrupt, ValueError):
+                with pytest.raises(StorageFull if error else NotSerializable):
+                    torchfile.save(STATE if error else [threading.Lock()], Sink(3, error))
+
+
+@pytest.mark.parametrize("outcome", ["saved", "sink fails", "unpicklable"])
+def test_nothing_large_is_kept_alive(outcome: str) -> None:
+    """Not even until the next garbage collection, which may be long after the memory was needed."""
+    tensor = torch.ones(1000)
+    storage, sink = weakref.ref(tensor), Sink(9, short=(lambda n: 0) if outcome == "sink fails" else None)
+    sink_ref = weakref.ref(sink)
+    gc.collect()
+    gc.disable()
+    try:
         try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            with pytest.raises(StorageFull if error else NotSerializable):
-                torchfile.save(STATE if error else [threading.Lock()], Sink(3, error))
+            torchfile.save([tensor, threading.Lock() if outcome == "unpicklable" else 1], sink)
+        except (BackendError, NotSerializable):
+            assert outcome != "saved"
+        del tensor, sink
+        assert storage() is None and sink_ref() is None
+    finally:
+        gc.enable()
 
 
 class Raises:
