@@ -9,6 +9,7 @@ import io
 import pickle
 import re
 import sys
+import threading
 import types
 import zipfile
 from collections.abc import Callable, Iterable
@@ -52,11 +53,14 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
     recorder = _Recorder(guard)
     handled = sys.exc_info()[1]
     failure: BaseException | None = None
+    outer = getattr(_saving, "recorder", None)  # of a save whose __reduce__ or the like has called us
+    _saving.recorder = recorder
     try:
-        torch.save(obj, cast(IO[bytes], guard), pickle_module=recorder.module)
+        torch.save(obj, cast(IO[bytes], guard), pickle_module=_PICKLE_MODULE)
     except BaseException as exc:
         # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
         failure = guard.error or _interrupt_behind(exc, handled) or exc
+    _saving.recorder = outer
     unpicklable = failure is recorder.error
     # Cycles of garbage (a class per save, an error that knows its own frame) must not keep tensors until the next collection;
     # so nothing is raised inside the except clause above either, which would chain torch's error to the one it holds.
@@ -112,43 +116,51 @@ class _Guard:
 
 
 class _Recorder:
-    """Looks at the pickle before torch writes it. `module` goes where `torch.save` expects the pickle module."""
+    """Looks at the pickle before torch writes it; what it saw is here afterwards."""
 
     def __init__(self, guard: _Guard) -> None:
+        self.guard = guard
         self.error: BaseException | None = None
         self.unsafe: tuple[str, ...] = ()
-        storages: set[str] = set()
-        recorder = self
-
-        class Pickler(pickle.Pickler):
-            def __init__(self, file: io.BytesIO, **options: Any) -> None:
-                self._file = file
-                super().__init__(file, **options)
-
-            def __init_subclass__(cls) -> None:
-                # torch's subclass decides what is a storage, and does not ask its base class.
-                cls.persistent_id = _watched(cls.persistent_id, storages)  # type: ignore[method-assign]
-
-            def dump(self, obj: Any) -> None:
-                try:
-                    super().dump(obj)
-                    recorder.unsafe = _refused(self._file.getvalue(), storages)
-                except BaseException as exc:
-                    recorder.error = exc
-                    guard.shut = True
-                    raise
-
-        self.module = types.SimpleNamespace(__name__="pickle", Pickler=Pickler)
+        self.storages: set[str] = set()
 
 
-def _watched(persistent_id: Callable[[Any, Any], Any], storages: set[str]) -> Callable[[Any, Any], Any]:
+_saving = threading.local()  # .recorder: of the save that this thread is in
+
+
+class _Pickler(pickle.Pickler):
+    """What torch derives its own pickler from. One class for all saves: making one takes as long as writing a small file."""
+
+    def __init__(self, file: io.BytesIO, **options: Any) -> None:
+        self._file = file
+        self._recorder: _Recorder = _saving.recorder
+        super().__init__(file, **options)
+
+    def __init_subclass__(cls) -> None:
+        # torch's subclass decides what is a storage, and does not ask its base class.
+        cls.persistent_id = _watched(cls.persistent_id)  # type: ignore[method-assign]
+
+    def dump(self, obj: Any) -> None:
+        try:
+            super().dump(obj)
+            self._recorder.unsafe = _refused(self._file.getvalue(), self._recorder.storages)
+        except BaseException as exc:
+            self._recorder.error = exc
+            self._recorder.guard.shut = True
+            raise
+
+
+_PICKLE_MODULE = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
+
+
+def _watched(persistent_id: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Note the keys of the storages that are written, and refuse those that could not be read back."""
 
     def watch(self: Any, obj: Any) -> Any:
         pid = persistent_id(self, obj)
         if pid is not None:
             check_storage(obj)
-            storages.add(pid[2])
+            self._recorder.storages.add(pid[2])
         return pid
 
     return watch
