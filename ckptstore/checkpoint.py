@@ -134,6 +134,9 @@ class Checkpoint:
 
         Args:
             progress: called with the number of bytes just done.
+
+        Raises:
+            CheckpointNotFound: it has been pruned; what is missing then is no damage.
         """
         try:
             manifest = self.manifest
@@ -147,6 +150,8 @@ class Checkpoint:
             if ranges:
                 spans = ", ".join(f"{start}–{max(start, stop - 1)}" for start, stop in ranges)
                 found.append(Damage(self.id, entry.path, tuple(ranges), f"bytes {spans} of {entry.path} are missing or wrong"))
+        if found:
+            self._engine.check_kept(self.id)
         self._engine.verdicts[self.id] = not found
         return found
 

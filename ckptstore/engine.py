@@ -83,7 +83,8 @@ class Engine:
 
     def check_kept(self, checkpoint_id: str) -> None:
         """Raise `CheckpointNotFound` if the store does not keep this checkpoint (any more)."""
-        if self.log.head().record.entry(checkpoint_id) is None:
+        state = self.log.head().record
+        if state.entry(checkpoint_id) is None and checkpoint_id not in state.spared:
             raise CheckpointNotFound(f"{self.backend.url} does not keep {checkpoint_id} any more: it was pruned or deleted")
 
     def remember_keys(self, checkpoint_id: str, keys: list[str]) -> None:

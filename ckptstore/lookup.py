@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from .checkpoint import Checkpoint
 from .engine import Engine
-from .errors import CheckpointNotFound, Damaged, FallbackWarning, StoreNotFound, UsageError
+from .errors import CheckpointNotFound, CkptStoreError, Damaged, FallbackWarning, StoreNotFound, UsageError
 from .log import Head
 from .naming import check_step, is_id
 from .record import Entry, Record
@@ -23,7 +24,13 @@ def existing(engine: Engine) -> Head:
     """Return the newest state of a store that exists. Raises `StoreNotFound`."""
     head = engine.head()
     if not head.slot:
-        raise StoreNotFound(f"there is no store at {engine.backend.url} yet: nothing has been saved there; check the path")
+        url = engine.backend.url
+        other_files = False
+        with suppress(CkptStoreError):  # only to say it better
+            other_files = next(engine.backend.list(""), None) is not None
+        if other_files:
+            raise StoreNotFound(f"{url} is there, but it holds no store: no save was ever completed in it; check the path")
+        raise StoreNotFound(f"there is no store at {url} yet: nothing has been saved there; check the path")
     return head
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from .engine import Engine
 from .envelope import JSON
 from .epoch import Writer
 from .errors import (
+    CheckpointNotFound,
     CommitUnknown,
     DamagedManifest,
     DamagedRecord,
@@ -163,10 +165,10 @@ class Store:
         record = self._writer.commit(change, new_op())
         return Checkpoint(self._engine, find(self.url, record, name))
 
-    def delete(self, target: str | int | Checkpoint) -> None:
-        """Delete a checkpoint, given by id, as a `Checkpoint`, or by its name.
+    def delete(self, target: str | Checkpoint) -> str | None:
+        """Delete a checkpoint, given by id, as a `Checkpoint`, or by its name, and return the id of the one that went.
 
-        By name: when other names point to the same checkpoint, only the name goes. By id: all its names go too.
+        By name: when other names point to the same checkpoint, only the name goes, and None is returned. By id: all its names go too.
 
         Raises:
             CheckpointNotFound, Fenced, CommitUnknown
@@ -174,19 +176,25 @@ class Store:
         wanted = target.id if isinstance(target, Checkpoint) else target
         if not isinstance(wanted, str):
             raise UsageError("delete takes a name, an id or a Checkpoint")
+        gone: str | None = None
 
         def change(state: Record) -> Record:
+            nonlocal gone
             state = self._engine.write_down(state)
+            gone = wanted
             if wanted in state.spared:
                 return replace(state, spared=tuple(i for i in state.spared if i != wanted), retired=(*state.retired, wanted))
             entry = find(self.url, state, wanted)
             others = {n: i for n, i in state.names.items() if n != wanted}
             if wanted in state.names and entry.id in others.values():
+                gone = None
                 return replace(state, names=others)
+            gone = entry.id
             return state.without({entry.id})
 
         self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
         self._engine.settle()
+        return gone
 
     def prune(self) -> list[str]:
         """Apply the retention rules now, as every save does, and return the ids of the checkpoints that went."""
@@ -327,16 +335,16 @@ class Store:
     def verify(self, target: str | Checkpoint | None = None, progress: Callable[[int], object] | None = None) -> list[Damage]:
         """Read every byte of one checkpoint, or of all, and return what is damaged: an empty list if everything is whole.
 
-        A damaged newest commit record is damage too. `progress` is called with the number of bytes just done.
+        A damaged newest commit record is damage too. A checkpoint that is pruned meanwhile is none, but asked for by itself it raises
+        `CheckpointNotFound`. `progress` is called with the number of bytes just done.
         """
+        if target is not None:
+            return (target if isinstance(target, Checkpoint) else self.checkpoint(target)).verify(progress)
         head = self._engine.log.head()
-        found = [Damage("", "", (), message) for message in head.damaged] if target is None else []
-        if target is None:
-            checkpoints = [Checkpoint(self._engine, entry) for entry in head.record.checkpoints]
-        else:
-            checkpoints = [target if isinstance(target, Checkpoint) else self.checkpoint(target)]
-        for checkpoint in checkpoints:
-            found += checkpoint.verify(progress)
+        found = [Damage("", "", (), message) for message in head.damaged]
+        for entry in head.record.checkpoints:
+            with suppress(CheckpointNotFound):
+                found += Checkpoint(self._engine, entry).verify(progress)
         return found
 
     # --- the rest
