@@ -1,0 +1,357 @@
+"""The samplers: torch's order, and every sample exactly once however often and on however many ranks a run is stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from ckptstore import (
+    AdvancedTooFarError,
+    HasNotResetProgressError,
+    InterruptableDistributedGroupedBatchSampler,
+    InterruptableDistributedSampler,
+    InterruptableSampler,
+    SamplerMismatch,
+)
+from ckptstore.errors import UsageError
+
+
+class Numbers(torch.utils.data.Dataset[int]):
+    """Sample i is i."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def ranks(length: int, world: int, **options: Any) -> list[InterruptableDistributedSampler]:
+    return [InterruptableDistributedSampler(Numbers(length), world, rank, **options) for rank in range(world)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_the_order_is_torchs(world: int, drop_last: bool, shuffle: bool) -> None:
+    for length in (0, 1, 2, 3, 7, 8, 100):
+        orders = []
+        for epoch in range(3):
+            for rank in range(world):
+                options: Any = {"shuffle": shuffle, "seed": 7, "drop_last": drop_last}
+                torchs = DistributedSampler(Numbers(length), world, rank, **options)
+                ours = InterruptableDistributedSampler(Numbers(length), world, rank, **options)
+                torchs.set_epoch(epoch)
+                ours.set_epoch(epoch)
+                # Without samples torch's asks for a remainder of nothing.
+                expected = [] if length == 0 else list(torchs)
+                assert list(ours) == expected
+                assert list(ours) == expected, "iterating consumes nothing"
+                assert len(ours) == len(expected)
+                orders.append((epoch, list(ours)))
+        if shuffle and length == 100:
+            assert len({tuple(order) for _, order in orders}) == 3 * world, "each epoch has an order of its own"
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_every_sample_once_over_changing_worlds(data: st.DataObject) -> None:
+    length = data.draw(st.integers(0, 200))
+    shuffle, drop_last = data.draw(st.booleans()), data.draw(st.booleans())
+    seen: list[int] = []
+    state: Any = None
+    stops = data.draw(st.integers(1, 3))
+    for stop in range(stops + 1):
+        world = data.draw(st.integers(1, 16))
+        samplers = ranks(length, world, shuffle=shuffle, drop_last=drop_last, seed=3)
+        for sampler in samplers:
+            if state is not None:
+                sampler.load_state_dict(json.loads(json.dumps(state)))
+            else:
+                sampler.set_epoch(4)
+        rows = list(zip(*samplers, strict=True))  # what the ranks draw at the same time
+        already = len(seen)
+        if stop < stops:
+            rows = rows[: data.draw(st.integers(0, len(rows)))]
+        for row in rows:
+            for sampler in samplers:
+                sampler.advance(1)
+            seen += row
+        states = [sampler.state_dict() for sampler in samplers]
+        assert all(s == states[0] for s in states), "all ranks agree"
+        state = states[0]
+        seen = seen[: already + min(len(seen) - already, length - already)]  # what comes after is padding
+        assert state["consumed"] == len(seen)
+    assert max(Counter(seen).values(), default=1) == 1
+    missing = length - len(seen)
+    assert missing == 0 if not drop_last else missing < 16
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 6])
+def test_padding_is_the_only_repetition(before: int, after: int) -> None:
+    length = 50
+    old = ranks(length, before, seed=1)
+    head = [index for row in zip(*(list(s)[:5] for s in old), strict=True) for index in row]
+    for sampler in old:
+        sampler.advance(5)
+    new = ranks(length, after, seed=1)
+    for sampler in new:
+        sampler.load_state_dict(old[-1].state_dict())
+    tail = [index for row in zip(*new, strict=True) for index in row]
+    padding = -(length - len(head)) % after
+    assert sorted(head + tail[: len(tail) - padding]) == list(range(length))
+    assert len(head) + len(tail) == length + padding
+
+
+def test_resumed_at_the_same_world_is_as_if_nothing_happened() -> None:
+    for world in (1, 3, 4):
+        for taken in range(18):
+            for rank, sampler in enumerate(ranks(50, world, seed=5)):
+                whole = list(sampler)
+                step = min(taken, len(whole))
+                sampler.advance(step)
+                resumed = InterruptableDistributedSampler(Numbers(50), world, rank, seed=5)
+                resumed.load_state_dict(sampler.state_dict())
+                assert list(resumed) == whole[step:]
+                assert resumed.progress == step
+
+
+def test_epochs() -> None:
+    sampler = InterruptableDistributedSampler(Numbers(10))
+    for epoch in range(2):
+        with sampler.in_epoch(epoch):
+            assert sampler.epoch == epoch
+            sampler.advance(10)
+        assert (sampler.epoch, sampler.progress) == (epoch + 1, 0), "the epoch is over: a save here must not repeat it"
+    with pytest.raises(KeyboardInterrupt), sampler.in_epoch(2):
+        sampler.advance(4)
+        raise KeyboardInterrupt
+    assert sampler.state_dict()["consumed"] == 4
+    with pytest.raises(HasNotResetProgressError, match="epoch 2 is under way"):
+        sampler.set_epoch(3)
+    with pytest.raises(HasNotResetProgressError), sampler.in_epoch(3):
+        raise AssertionError("not reached")
+    sampler.set_epoch(2)
+    with sampler.in_epoch(2):
+        assert len(list(sampler)) == 6
+    sampler.advance(1)
+    sampler.reset_progress()
+    sampler.set_epoch(9)
+    for bad in (-1, 1.5, True, "1"):
+        with pytest.raises(UsageError):
+            sampler.set_epoch(bad)  # type: ignore[arg-type]
+
+
+def test_too_far() -> None:
+    sampler = InterruptableDistributedSampler(Numbers(10), 4, 1)
+    sampler.advance(3)
+    with pytest.raises(AdvancedTooFarError):
+        sampler.advance(1)
+    assert sampler.progress == 3
+    for bad in (-1, 0.5, True):
+        with pytest.raises(UsageError):
+            sampler.advance(bad)  # type: ignore[arg-type]
+    with pytest.raises(AdvancedTooFarError):
+        sampler.load_state_dict({"progress": 4, "epoch": 0})
+    with pytest.raises(AdvancedTooFarError):
+        sampler.load_state_dict({**sampler.state_dict(), "consumed": 11})
+    assert sampler.progress == 3
+
+
+def test_the_short_state_of_cycling_utils_loads() -> None:
+    whole = list(InterruptableDistributedSampler(Numbers(20), 2, 1))
+    sampler = InterruptableDistributedSampler(Numbers(20), 2, 1)
+    sampler.load_state_dict({"progress": 4, "epoch": 0})
+    assert (sampler.progress, sampler.epoch, list(sampler)) == (4, 0, whole[4:])
+    single = InterruptableSampler(Numbers(20))
+    single.load_state_dict({"progress": 20, "epoch": 3})
+    assert (single.progress, single.epoch, list(single)) == (20, 3, [])
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (InterruptableDistributedSampler(Numbers(21)), "length"),
+        (InterruptableDistributedSampler(Numbers(20), seed=1), "seed"),
+        (InterruptableDistributedSampler(Numbers(20), shuffle=False), "shuffle"),
+        (InterruptableDistributedSampler(Numbers(20), drop_last=True), "padding"),
+        (InterruptableDistributedGroupedBatchSampler(Numbers(20), [0] * 20, 1), "unit"),
+    ],
+)
+def test_another_sequence_is_refused(other: InterruptableDistributedSampler, named: str) -> None:
+    sampler = InterruptableDistributedSampler(Numbers(20))
+    sampler.advance(2)
+    before = sampler.state_dict()
+    with pytest.raises(SamplerMismatch, match=named):
+        sampler.load_state_dict(other.state_dict())
+    assert sampler.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        [],
+        {},
+        {"epoch": 1},
+        {"progress": 1},
+        {"progress": True, "epoch": 0},
+        {"progress": -1, "epoch": 0},
+        {"consumed": 0, "epoch": 0},
+    ],
+)
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    sampler = InterruptableDistributedSampler(Numbers(20))
+    with pytest.raises(SamplerMismatch):
+        sampler.load_state_dict(state)
+    newer = {**sampler.state_dict(), "format": 2}
+    with pytest.raises(SamplerMismatch, match="newer"):
+        sampler.load_state_dict(newer)
+
+
+def loaders(sampler: Any, **options: Any) -> Iterator[DataLoader[int]]:
+    yield DataLoader(Numbers(103), batch_size=8, sampler=sampler, **options)
+    yield DataLoader(Numbers(103), batch_sampler=BatchSampler(sampler, 8, False), **options)
+    yield DataLoader(Numbers(103), batch_size=8, sampler=sampler, drop_last=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4}], ids=["alone", "workers"]
+)
+@pytest.mark.parametrize("kind", range(3), ids=["sampler", "batch_sampler", "drop_last"])
+def test_loaders_stopped_in_mid_epoch(kind: int, options: dict[str, Any]) -> None:
+    """Prefetching workers run ahead, and the state does not."""
+
+    def run(stop: int | None, state: Any = None) -> tuple[list[list[int]], Any]:
+        sampler = InterruptableDistributedSampler(Numbers(103), seed=2)
+        if state is not None:
+            sampler.load_state_dict(state)
+        loader = list(loaders(sampler, **options))[kind]
+        batches: list[list[int]] = []
+        for epoch in range(sampler.epoch, 2):
+            with sampler.in_epoch(epoch):
+                for batch in sampler.track(loader):
+                    batches.append(batch.tolist())
+                    if len(batches) == stop:
+                        return batches, json.loads(json.dumps(sampler.state_dict()))
+        return batches, sampler.state_dict()
+
+    whole, _ = run(None)
+    assert len(whole) == 2 * (12 if kind == 2 else 13)
+    for stop in (3, 12, 13, 17):
+        head, state = run(stop)
+        tail, _ = run(None, state)
+        assert head + tail == whole
+
+
+def test_a_loader_that_cannot_be_counted_is_refused() -> None:
+    sampler = InterruptableDistributedSampler(Numbers(10))
+
+    class Odd(BatchSampler):
+        pass
+
+    for loader in (DataLoader(Numbers(10)), DataLoader(Numbers(10), batch_sampler=Odd(sampler, 2, False))):
+        with pytest.raises(UsageError, match="does not draw from this sampler"):
+            next(iter(sampler.track(loader)))
+    assert [int(x) for x in sampler.track(DataLoader(Numbers(10), batch_size=None, sampler=sampler))] == list(
+        InterruptableDistributedSampler(Numbers(10))
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_grouped_batches(data: st.DataObject) -> None:
+    groups = data.draw(st.lists(st.integers(0, 4), max_size=60))
+    batch_size = data.draw(st.integers(1, 7))
+    drop_last = data.draw(st.booleans())
+    seen: list[list[int]] = []
+    state: Any = None
+    total = 0
+    for stop in range(3):
+        world = data.draw(st.integers(1, 6))
+        samplers = [
+            InterruptableDistributedGroupedBatchSampler(
+                Numbers(len(groups)), groups, batch_size, world, rank, drop_last=drop_last
+            )
+            for rank in range(world)
+        ]
+        for sampler in samplers:
+            if state is not None:
+                sampler.load_state_dict(state)
+        total = samplers[0].state_dict()["length"]
+        rows = list(zip(*samplers, strict=True))
+        if stop < 2:
+            rows = rows[: data.draw(st.integers(0, len(rows)))]
+        for row in rows:
+            seen += row
+            for sampler in samplers:
+                sampler.advance()
+        state = samplers[0].state_dict()
+        seen = seen[:total]
+        assert state["consumed"] == len(seen)
+    for batch in seen:
+        assert len(batch) == batch_size
+        assert len({groups[index] for index in batch}) == 1
+    sizes = Counter(groups)
+    counts = Counter(index for batch in seen for index in batch)
+    if drop_last:
+        assert max(counts.values(), default=1) == 1
+    else:
+        assert set(counts) == set(range(len(groups))), "every sample is in a batch"
+        assert sum(counts.values()) == sum(-(-n // batch_size) * batch_size for n in sizes.values())
+
+
+def test_grouped_state_is_refused_for_other_groups() -> None:
+    sampler = InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 0, 1, 1], 2)
+    other = InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 1, 1, 0], 2)
+    with pytest.raises(SamplerMismatch, match="groups"):
+        sampler.load_state_dict(other.state_dict())
+    with pytest.raises(UsageError, match="3 entries for 4 samples"):
+        InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 0, 1], 2)
+    with pytest.raises(UsageError, match="batch_size"):
+        InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 0, 1, 1], 0)
+    loader = DataLoader(Numbers(4), batch_sampler=sampler)
+    assert len(loader) == 2
+    assert sorted(i for batch in sampler.track(loader) for i in batch.tolist()) == [0, 1, 2, 3]
+    assert sampler.state_dict()["consumed"] == 2
+
+
+def test_a_real_process_group_shares_out_the_epoch(tmp_path: Path) -> None:
+    """Two processes consume 3 rounds; the rest is drawn by one, and nothing is drawn twice or left out."""
+    code = """
+        import json, sys
+        import torch.distributed as dist
+        from ckptstore import InterruptableDistributedSampler
+        rank, folder = int(sys.argv[1]), sys.argv[2]
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+        sampler = InterruptableDistributedSampler(range(25), seed=9)
+        drawn = [index for index, _ in zip(sampler, range(3))]
+        sampler.advance(len(drawn))
+        with open(f"{folder}/{rank}.json", "w") as file:
+            json.dump({"drawn": drawn, "state": sampler.state_dict()}, file)
+        dist.barrier()
+        dist.destroy_process_group()
+    """
+    children = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [child.wait(120) for child in children] == [0, 0]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert results[0]["state"] == results[1]["state"]
+    alone = InterruptableDistributedSampler(range(25), seed=9)
+    alone.load_state_dict(results[0]["state"])
+    assert sorted(results[0]["drawn"] + results[1]["drawn"] + list(alone)) == list(range(25))
