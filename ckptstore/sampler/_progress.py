@@ -149,7 +149,8 @@ class Interruptable(Generic[T]):
         from torch.utils.data import BatchSampler
 
         batches: object = loader.batch_sampler
-        if (loader.sampler if batches is None else batches) is self:
+        source: object = loader.sampler if batches is None else batches
+        if source is self:
             return 1
         if type(batches) is BatchSampler and batches.sampler is self:
             return batches.batch_size
