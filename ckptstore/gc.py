@@ -62,7 +62,7 @@ def find_garbage(backend: Backend, head: Head) -> Garbage:
 
 
 def unfinished_records(backend: Backend, head: Head) -> list[str]:
-    """List leftovers of records that were never created because their writer died: those aimed at slots that are taken."""
+    """List leftovers of writers that died: of records aimed at slots that are taken since, and of hints."""
     leftovers = (info.key for info in backend.list(LOG) if info.key.endswith(".partial"))
-    # A live writer that loses its leftover here has lost its slot already.
-    return [key for key in leftovers if (slot := slot_of(key)) is not None and slot <= head.slot]
+    # A live writer that loses its leftover here has lost its slot already, or else fails to leave a hint, which does no harm.
+    return [key for key in leftovers if (slot := slot_of(key)) is None or slot <= head.slot]
