@@ -149,7 +149,7 @@ class Interruptable(Generic[T]):
         from torch.utils.data import BatchSampler
 
         batches: object = loader.batch_sampler
-        source: object = loader.sampler if batches is None else batches
+        source: Any = loader.sampler if batches is None else batches
         if source is self:
             return 1
         if type(batches) is BatchSampler and batches.sampler is self:
