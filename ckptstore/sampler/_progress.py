@@ -149,14 +149,16 @@ class Interruptable(Generic[T]):
         from torch.utils.data import BatchSampler
 
         batches: object = loader.batch_sampler
-        source: Any = loader.sampler if batches is None else batches
-        if source is self:
+        if self._is(loader.sampler if batches is None else batches):
             return 1
-        if type(batches) is BatchSampler and batches.sampler is self:
+        if type(batches) is BatchSampler and self._is(batches.sampler):
             return batches.batch_size
         raise UsageError(
             "this loader does not draw from this sampler, or by batches that cannot be counted; give it sampler=, or call advance()"
         )
+
+    def _is(self, other: object) -> bool:
+        return other is self
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands, as plain JSON: the same on every rank, and independent of the number of ranks."""
