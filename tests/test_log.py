@@ -13,7 +13,7 @@ from stores import new_memory, objects
 
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.checksum import sha256
-from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, CommitUnknown, DamagedRecord, NewerFormat
+from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, CommitUnknown, DamagedRecord, NewerFormat, NotFound
 from ckptstore.log import Head, Log, new_op, slot_key, slot_of
 from ckptstore.record import EMPTY, Entry, Record, Tombstone, decode, encode, encode_tombstone
 from ckptstore.testing import Fault, FaultyBackend
@@ -461,3 +461,31 @@ def test_a_record_too_long_is_refused_and_changes_nothing(monkeypatch: pytest.Mo
     with pytest.raises(BackendError, match="prune or delete"):
         Log(backend).commit(lambda head: replace(head.record, checkpoints=many), new_op())
     assert slots(backend) == [1, 2, 3]
+
+
+def test_a_change_is_shown_damage_that_appeared_in_the_slot_it_wanted() -> None:
+    backend = filled(3)
+    log = Log(backend)
+    log.head()
+    objects(backend)[slot_key(4)] = b"rust"
+    shown: list[Head] = []
+
+    def change(head: Head) -> Record | None:
+        shown.append(head)
+        return None if head.damaged else grow(head)
+
+    assert log.commit(change, new_op()).n == 3
+    assert [(head.slot, len(head.damaged)) for head in shown] == [(3, 0), (4, 1)]
+    # Once somebody has committed past it, it is history.
+    Log(backend).commit(grow, new_op())
+    assert log.commit(change, new_op()).n == 6
+
+
+def test_storage_that_contradicts_itself_does_not_keep_it_busy_for_ever() -> None:
+    inner = filled(3)
+    log = Log(FaultyBackend(inner, [Fault("stat", n, before=NotFound("listed, not there")) for n in range(10, 99)]))
+    while log._backend.calls["stat"] < 9:  # type: ignore[attr-defined]
+        log.head()
+    Log(inner).commit(grow, "theirs")
+    with pytest.raises(CommitUnknown, match="contradicts itself"):
+        log.commit(grow, "mine")
