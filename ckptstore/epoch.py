@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from .errors import DamagedRecord, Fenced, NoAtomicCreate
+from .errors import BackendError, CkptStoreError, DamagedRecord, Fenced, NoAtomicCreate
 from .log import Head, Log, new_op
 from .naming import DATA, id_of_key, is_id
 from .owner import default_owner
@@ -120,7 +120,23 @@ class Writer:
             self._check(head, epoch)
             return change(head.record)
 
-        return self._log.commit(fenced_change, op)
+        try:
+            return self._log.commit(fenced_change, op)
+        except BackendError as exc:
+            self.tell_if_fenced(epoch, exc)
+            raise
+
+    def tell_if_fenced(self, epoch: int | None, error: CkptStoreError) -> None:
+        """Raise `Fenced` from `error`, met while changing something in `epoch`, if a newer job has acquired the store.
+
+        Its garbage collection may be what the storage's error came from; and whatever came of it, this job must stop.
+        """
+        try:
+            self._check(self._log.head(), epoch)
+        except Fenced as fenced:
+            raise fenced from error
+        except CkptStoreError:
+            pass  # the first error says more
 
     def _check(self, head: Head, epoch: int | None) -> None:
         if head.damaged:

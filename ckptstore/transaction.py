@@ -156,13 +156,13 @@ class Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._state = "ended"
-        if kind is not None:
-            self._discard()
+        if error is not None:
+            self._give_up(error)
             return
         try:
             manifest, data = self._make_durable()
-        except BaseException:
-            self._discard()
+        except BaseException as exc:
+            self._give_up(exc)
             raise
         self._commit(manifest, data)
 
@@ -329,6 +329,11 @@ class Transaction:
             raise
         self._checkpoint = Checkpoint(self._engine, entry, manifest)
         self._engine.delete_retired(record.retired)
+
+    def _give_up(self, error: BaseException) -> None:
+        self._discard()
+        if isinstance(error, CkptStoreError):
+            self._writer.tell_if_fenced(self._epoch, error)
 
     def _discard(self) -> None:
         """Drop everything: it is proven that this id was not and will not be committed. What fails here is collected by a later job."""

@@ -14,7 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from ckptstore import Store
 
 _ANSWER = 60.0
 """Seconds after which a process that says nothing is taken to hang."""
@@ -38,7 +41,6 @@ class Channel:
             except ConnectionResetError:
                 data = b""
             if not data:
-                self.socket.close()
                 raise EOFError("the other process ended")
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\n", 1)
@@ -51,9 +53,17 @@ class Child:
 
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self.pid = pid
+        self._pidfd = os.pidfd_open(pid)  # process ids come again
         sock.settimeout(_ANSWER)
         self._channel = Channel(sock)
-        self.send = self._channel.send
+
+    def send(self, *message: Any) -> None:
+        """Say something to it."""
+        try:
+            self._channel.send(*message)
+        except BrokenPipeError:
+            self.recv()  # why it failed
+            raise
 
     def recv(self) -> list[Any]:
         """Return its next message. Raises EOFError when it has ended, AssertionError with its traceback when it failed."""
@@ -61,15 +71,18 @@ class Child:
         assert message[0] != "failed", message[1]
         return message
 
-    @property
-    def open(self) -> bool:
-        """Whether there may be more to hear from it."""
-        return self._channel.socket.fileno() >= 0
+    def signal(self, number: int) -> None:
+        """Send a signal, if it still is."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
-    def end(self) -> None:
-        """Kill it, whatever it has to say."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._channel.socket.close()
+    def close(self) -> None:
+        """End it, whatever it has to say. Idempotent."""
+        if self._pidfd >= 0:
+            self.signal(signal.SIGKILL)
+            os.close(self._pidfd)
+            self._pidfd = -1
+            self._channel.socket.close()
 
     def expect(self, kind: str) -> list[Any]:
         """Return what follows `kind` in its next message, which must be of that kind."""
@@ -84,17 +97,17 @@ class Child:
             while True:
                 messages.append(self.recv())
         except EOFError:
+            self.close()
             return messages
 
     def kill(self) -> list[list[Any]]:
         """Send SIGKILL; once the process is gone, return what it had still said."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         return self.rest()
 
     def stop(self) -> None:
         """Send SIGSTOP, and return when the process has stopped."""
-        os.kill(self.pid, signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
         self.wait_stopped()
 
     def wait_stopped(self) -> None:
@@ -106,7 +119,7 @@ class Child:
 
     def proceed(self) -> None:
         """Send SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
+        self.signal(signal.SIGCONT)
 
 
 def _state(pid: int) -> str:
@@ -137,15 +150,14 @@ class Nursery:
         call = json.dumps([function.__module__, function.__qualname__, arguments]).encode()
         socket.send_fds(self._socket, [call], [theirs.fileno()])
         theirs.close()
-        self._children = [child for child in self._children if child.open]
-        self._children.append(Child(self._channel.recv()[0], ours))
-        return self._children[-1]
+        child = Child(self._channel.recv()[0], ours)
+        self._children.append(child)
+        return child
 
     def close(self) -> None:
         """End it and all its children."""
         for child in self._children:
-            if child.open:
-                child.end()
+            child.close()
         self._socket.close()
         self._process.wait()
 
@@ -157,6 +169,24 @@ def nursery(*modules: str) -> Iterator[Nursery]:
         yield it
     finally:
         it.close()
+
+
+def warm_up() -> None:
+    """Have everything imported and initialised that a save and a resume need. In a nursery by the name of this module."""
+    import torch
+
+    state = {"weights": torch.arange(4.0), "step": 1}
+    with Store("memory://warm") as store:
+        store.save(state, rng=True)
+        store.resume(state)
+
+
+def litter(store: Store) -> list[str]:
+    """Return the files in the store's folder that no record names and no protocol needs."""
+    root = Path(store.url)
+    kept = {f"data/{c.id}/{file}" for c in store.checkpoints() for file in (*c.files, "manifest.json")}
+    found = (p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir() or not any(p.iterdir()))
+    return [f for f in found if f not in kept and f != "log/hint" and not (f.startswith("log/") and f[4:].isdigit())]
 
 
 def _serve(sock: socket.socket, modules: list[str]) -> None:

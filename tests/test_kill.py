@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import require
-from procs import Channel, Child, Nursery, nursery
+from procs import Channel, Child, Nursery, litter, nursery
 
 from ckptstore import Checkpoint, Store
 
@@ -49,14 +49,6 @@ def ballast(step: int) -> Any:
 
 def content(step: int) -> bytes:
     return b"%d" % step * 1000
-
-
-def litter(store: Store) -> list[str]:
-    """Return the files in the store's folder that no record names and no protocol needs."""
-    root = Path(store.url)
-    kept = {f"data/{c.id}/{file}" for c in store.checkpoints() for file in (*c.files, "manifest.json")}
-    found = (p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir() or not any(p.iterdir()))
-    return [f for f in found if f not in kept and f != "log/hint" and not (f.startswith("log/") and f[4:].isdigit())]
 
 
 def train(channel: Channel, url: str, seed: int) -> None:
@@ -171,17 +163,9 @@ def check_content(checkpoint: Checkpoint) -> None:
         assert checkpoint.sampler_state == {"drawn": step * 10}
 
 
-def warm_up() -> None:
-    """Have everything imported and initialised that a save and a resume need."""
-    state = {"weights": weights(1)}
-    with Store("memory://warm") as store:
-        store.save(state, rng=True)
-        store.resume(state)
-
-
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Nursery]:
-    yield from nursery(__name__)
+    yield from nursery("procs", __name__)
 
 
 @pytest.mark.parametrize("kills", [220, pytest.param(5000, marks=pytest.mark.soak)])
