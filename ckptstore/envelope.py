@@ -18,6 +18,9 @@ __all__ = ["FORMAT", "JSON", "check_json", "from_number", "seal", "to_number", "
 FORMAT = 1
 """Version of records and manifests that this library writes, and the newest one that it reads."""
 
+_DEEPEST = 100
+"""Deeper JSON is not written: how deep the json module can read depends on how deep its caller already is."""
+
 JSON = Any
 """A value of plain JSON: dict with str keys, list, str, int, finite float, bool, None."""
 
@@ -72,6 +75,11 @@ def check_json(value: object, what: str) -> JSON:
         raise UsageError(f"{what} must be plain JSON (dict, list, str, int, finite float, bool, None): {exc}") from None
     if same != value:
         raise UsageError(f"{what} must be plain JSON that reads back equal: use lists for tuples, and str keys in dicts")
+    level = [same]
+    for _ in range(_DEEPEST):
+        level = [inner for v in level if isinstance(v, (dict, list)) for inner in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise UsageError(f"{what} is nested more than {_DEEPEST} levels deep; make it flatter")
     return same
 
 
