@@ -1,0 +1,95 @@
+"""Values as people read them. Whatever a store holds, only printable characters reach the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from ..envelope import JSON
+
+__all__ = ["age", "compact", "count", "date", "metrics", "plural", "printable", "sampler", "size", "table"]
+
+
+def printable(text: str) -> str:
+    """Return `text` with everything that is not printable (control characters, line ends, direction marks …) as a backslash escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def count(number: int) -> str:
+    """Return 12800 as "12 800"."""
+    return f"{number:,}".replace(",", " ")
+
+
+def plural(number: int, noun: str) -> str:
+    """Return "1 file", "1 200 files"."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def size(nbytes: int) -> str:
+    """Return a number of bytes in decimal units with three digits: "12.3 MB"."""
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for unit in ("kB", "MB", "GB", "TB", "PB", "EB"):
+        value /= 1000
+        if value < 999.5 or unit == "EB":
+            break
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def age(seconds: float) -> str:
+    """Return a duration in its largest sensible unit, rounded down. Negative ones come from clocks that differ."""
+    if not seconds < 1e12:  # NaN too
+        return "?"
+    if seconds < 0:
+        return "0 s" if seconds > -60 else "in the future"
+    for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48), ("days", 86400, 730)):
+        if seconds < length * limit:
+            number = int(seconds // length)
+            return f"{number} {'day' if (unit, number) == ('days', 1) else unit}"
+    return f"{count(int(seconds // (365.25 * 86400)))} years"
+
+
+def date(timestamp: float) -> str | None:
+    """Return seconds since 1970 as an ISO 8601 date in UTC, or None if there is no such date."""
+    try:
+        return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
+def metrics(values: dict[str, float]) -> str:
+    """Return metrics in one line."""
+    return "  ".join(f"{name}={value:.6g}" for name, value in values.items())
+
+
+def compact(value: JSON) -> str:
+    """Return JSON in one line if it is short, else indented."""
+    line = json.dumps(value, ensure_ascii=False)
+    return line if len(line) <= 100 else json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def sampler(state: JSON) -> str:
+    """Return the state of one of our samplers in words, and any other as JSON."""
+    if isinstance(state, dict):
+        numbers = [n for key in ("epoch", "consumed", "length") if type(n := state.get(key)) is int and n >= 0]
+        unit = state.get("unit", "samples")
+        if len(numbers) == 3 and unit in ("samples", "batches"):
+            return f"epoch {numbers[0]}, {count(numbers[1])} of {count(numbers[2])} {unit} consumed"
+    return compact(state)
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a table whose first row is its head. Columns with nothing in them are left out.
+
+    Args:
+        right: the columns that are aligned to the right.
+    """
+    columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in columns}
+    return [
+        "  ".join(row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in columns).rstrip() for row in rows
+    ]
