@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 from .checksum import sha256
 from .errors import Damaged, NewerFormat, UsageError
 
-__all__ = ["FORMAT", "JSON", "check_json", "from_number", "seal", "to_number", "unseal"]
+__all__ = ["FORMAT", "JSON", "check_json", "from_number", "seal", "to_number", "to_time", "unseal"]
 
 FORMAT = 1
 """Version of records and manifests that this library writes, and the newest one that it reads."""
@@ -91,7 +92,16 @@ def from_number(value: float) -> float | str:
 def to_number(value: JSON) -> float:
     """Undo `from_number`. Raises ValueError for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     if value in ("nan", "inf", "-inf"):
         return float(value)
     raise ValueError("not a number")
+
+
+def to_time(value: JSON) -> float:
+    """Return a time, in seconds since 1970. Raises ValueError unless it is in the years 1 to 9999, those that Python knows."""
+    seconds = to_number(value)
+    if not -62_135_596_800 <= seconds < 253_402_300_800:
+        raise ValueError("not a time")
+    return seconds

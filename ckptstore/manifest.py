@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .checksum import ALGORITHM
-from .envelope import JSON, from_number, seal, to_number, unseal
+from .envelope import JSON, from_number, seal, to_number, to_time, unseal
 from .errors import Damaged, DamagedManifest
 from .naming import check_name, check_path, check_step, file_key
 
@@ -106,7 +106,7 @@ def decode(data: bytes, checkpoint_id: str) -> Manifest:
             id=checkpoint_id,
             name=check_name(body["name"]),
             step=check_step(body["step"]),
-            created=to_number(body["created"]),
+            created=to_time(body["created"]),
             files=tuple(_decode_file(f) for f in body["files"]),
             metrics={str(k): to_number(v) for k, v in body["metrics"].items()},
             metadata=body["metadata"],
@@ -128,7 +128,7 @@ def decode(data: bytes, checkpoint_id: str) -> Manifest:
 def _decode_file(item: JSON) -> FileEntry:
     chunks = tuple((_length(n), _unhex(c)) for n, c in item["chunks"])
     size = item["size"]
-    if isinstance(size, bool) or sum(n for n, _ in chunks) != size:
+    if not isinstance(size, int) or isinstance(size, bool) or sum(n for n, _ in chunks) != size:
         raise ValueError("chunks do not add up to the file's size")
     return FileEntry(path=check_path(item["path"]), size=size, crc=_unhex(item["crc"]), chunks=chunks)
 

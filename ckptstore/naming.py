@@ -87,7 +87,11 @@ def check_path(path: object) -> str:
             raise InvalidName(
                 f"{path!r:.200} cannot name a file in a checkpoint: give a relative path without empty, '.' or '..' parts"
             )
-        if len(_escape(segment)) > 255:
+        try:
+            escaped = _escape(segment)
+        except UnicodeEncodeError:
+            raise InvalidName(f"{path!r:.200} cannot name a file in a checkpoint: it has half of a surrogate pair") from None
+        if len(escaped) > 255:
             raise InvalidName(f"{path!r:.300} is too long to name a file in a checkpoint")
     return path
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .envelope import JSON, from_number, seal, to_number, unseal
+from .envelope import JSON, from_number, seal, to_number, to_time, unseal
 from .errors import Damaged, DamagedRecord, InvalidName
 from .naming import check_name, check_step, is_id
 
@@ -178,7 +178,6 @@ def _decode_record(body: dict[str, JSON]) -> Record:
 
 
 def _decode_entry(item: JSON) -> Entry:
-    created = to_number(item["created"])
     verified = item["verified"]
     if verified is not None and not isinstance(verified, bool):
         raise ValueError("verified is neither true, false nor null")
@@ -186,7 +185,7 @@ def _decode_entry(item: JSON) -> Entry:
         id=_id(item["id"]),
         step=check_step(item["step"]),
         name=check_name(item["name"]),
-        created=created,
+        created=to_time(item["created"]),
         nbytes=_count(item["nbytes"]),
         manifest=_digest(item["manifest"]),
         metrics={_text(k): to_number(v) for k, v in item["metrics"].items()},
