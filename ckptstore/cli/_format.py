@@ -48,9 +48,8 @@ def age(seconds: float) -> str:
         return "0 s" if seconds > -60 else "in the future"
     for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48), ("days", 86400, 730)):
         if seconds < length * limit:
-            number = int(seconds // length)
-            return f"{number} {'day' if (unit, number) == ('days', 1) else unit}"
-    return f"{count(int(seconds // (365.25 * 86400)))} years"
+            return f"{int(seconds // length)} {unit}"
+    return f"{count(int(seconds // (365 * 86400)))} years"
 
 
 def date(timestamp: float) -> str | None:
