@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,14 +120,16 @@ def test_padding_is_the_only_repetition(before: int, after: int) -> None:
     assert len(head) + len(tail) == length + padding
 
 
-def test_resumed_at_the_same_world_is_as_if_nothing_happened() -> None:
-    for world in (1, 3, 4):
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("length", [3, 50])
+def test_resumed_at_the_same_world_is_as_if_nothing_happened(length: int, drop_last: bool) -> None:
+    for world in (1, 3, 4, 8):
         for taken in range(18):
-            for rank, sampler in enumerate(ranks(50, world, seed=5)):
+            for rank, sampler in enumerate(ranks(length, world, seed=5, drop_last=drop_last)):
                 whole = list(sampler)
                 step = min(taken, len(whole))
                 sampler.advance(step)
-                resumed = InterruptableDistributedSampler(Numbers(50), world, rank, seed=5)
+                resumed = InterruptableDistributedSampler(Numbers(length), world, rank, seed=5, drop_last=drop_last)
                 resumed.load_state_dict(sampler.state_dict())
                 assert list(resumed) == whole[step:]
                 assert resumed.progress == step
@@ -151,6 +154,16 @@ def test_epochs() -> None:
     with sampler.in_epoch(2):
         assert len(list(sampler)) == 6
     sampler.advance(1)
+    resumed = InterruptableDistributedSampler(Numbers(10))
+    resumed.load_state_dict(sampler.state_dict())
+    with pytest.raises(HasNotResetProgressError), resumed.in_epoch(4):
+        raise AssertionError("not reached")
+    for _ in range(2):
+        resumed.set_epoch(3)  # the one under way, as often as one likes
+    assert (resumed.epoch, resumed.consumed) == (3, 1)
+    resumed.advance(5)
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.state_dict() == sampler.state_dict(), "going back counts anew"
     sampler.reset_progress()
     sampler.set_epoch(9)
     for bad in (-1, 1.5, True, "1"):
@@ -191,7 +204,7 @@ def test_the_short_state_of_cycling_utils_loads() -> None:
         (InterruptableDistributedSampler(Numbers(20), seed=1), "seed"),
         (InterruptableDistributedSampler(Numbers(20), shuffle=False), "shuffle"),
         (InterruptableDistributedSampler(Numbers(20), drop_last=True), "padding"),
-        (InterruptableDistributedGroupedBatchSampler(Numbers(20), [0] * 20, 1), "unit"),
+        (InterruptableDistributedGroupedBatchSampler(Numbers(20), [0] * 20, 1), "kind"),
     ],
 )
 def test_another_sequence_is_refused(other: InterruptableDistributedSampler, named: str) -> None:
@@ -220,6 +233,9 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
     sampler = InterruptableDistributedSampler(Numbers(20))
     with pytest.raises(SamplerMismatch):
         sampler.load_state_dict(state)
+    for key, value in (("length", 20.0), ("seed", False), ("shuffle", 1), ("format", 0), ("consumed", True), ("epoch", 1.0)):
+        with pytest.raises(SamplerMismatch, match=key):
+            sampler.load_state_dict({**sampler.state_dict(), key: value})
     newer = {**sampler.state_dict(), "format": 2}
     with pytest.raises(SamplerMismatch, match="newer"):
         sampler.load_state_dict(newer)
@@ -266,12 +282,74 @@ def test_a_loader_that_cannot_be_counted_is_refused() -> None:
     class Odd(BatchSampler):
         pass
 
-    for loader in (DataLoader(Numbers(10)), DataLoader(Numbers(10), batch_sampler=Odd(sampler, 2, False))):
+    for loader in (DataLoader(Numbers(10)), DataLoader(Numbers(10), batch_sampler=Odd(sampler, 2, False)), [1, 2]):
         with pytest.raises(UsageError, match="does not draw from this sampler"):
-            next(iter(sampler.track(loader)))
+            next(iter(sampler.track(loader)))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="in_order"):
+        next(iter(sampler.track(DataLoader(Numbers(10), sampler=sampler, num_workers=2, in_order=False))))
+    assert sampler.consumed == 0
     assert [int(x) for x in sampler.track(DataLoader(Numbers(10), batch_size=None, sampler=sampler))] == list(
         InterruptableDistributedSampler(Numbers(10))
     )
+
+
+def test_what_the_collate_function_returns_does_not_matter() -> None:
+    sampler = InterruptableDistributedSampler(Numbers(10), 1, 0)
+    counts = []
+    for _ in sampler.track(DataLoader(Numbers(10), batch_size=4, sampler=sampler, collate_fn=lambda samples: "x" * 99)):
+        counts.append(sampler.progress)
+    assert counts == [4, 8, 10], "the batch in hand is counted"
+
+
+def test_a_loop_that_nothing_is_left_for_is_an_error_not_an_epoch_without_training() -> None:
+    sampler = InterruptableSampler(Numbers(10))
+    loader = DataLoader(Numbers(10), batch_size=4, sampler=sampler, drop_last=True)
+    assert len(list(sampler.track(loader))) == 2
+    with pytest.raises(HasNotResetProgressError, match="in_epoch"):
+        list(sampler.track(loader))
+    resumed = InterruptableSampler(Numbers(10))
+    resumed.load_state_dict(sampler.state_dict())
+    loader = DataLoader(Numbers(10), batch_size=4, sampler=resumed, drop_last=True)
+    assert list(resumed.track(loader)) == []
+    with resumed.in_epoch(0):  # what a resume after the last batch of an epoch does
+        assert list(resumed.track(loader)) == []
+    with pytest.raises(KeyboardInterrupt), resumed.in_epoch(1):
+        list(resumed.track(loader))
+        raise KeyboardInterrupt
+    with resumed.in_epoch(1):  # and what a retry in the same process does
+        assert list(resumed.track(loader)) == []
+
+
+def test_counting_twice_is_told() -> None:
+    sampler = InterruptableSampler(Numbers(100))
+    with pytest.raises(UsageError, match="leave out the advance"):
+        for _ in sampler.track(DataLoader(Numbers(100), batch_size=4, sampler=sampler)):
+            sampler.advance(4)
+
+
+def test_an_error_in_the_loop_keeps_the_progress_with_the_batch_in_hand() -> None:
+    sampler = InterruptableSampler(Numbers(100))
+    loader = DataLoader(Numbers(100), batch_size=4, sampler=sampler)
+    with pytest.raises(ZeroDivisionError), sampler.in_epoch(0):
+        for number, _ in enumerate(sampler.track(loader), 1):
+            assert number < 3 or 1 / 0
+    assert (sampler.epoch, sampler.consumed) == (0, 12)
+
+
+class Failing(Numbers):
+    """Cannot read sample 6."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 6:
+            raise OSError("unreadable")
+        return index
+
+
+def test_a_batch_that_could_not_be_read_is_not_counted() -> None:
+    sampler = InterruptableSampler(Failing(10), shuffle=False)
+    with pytest.raises(OSError, match="unreadable"):
+        list(sampler.track(DataLoader(Failing(10), batch_size=2, sampler=sampler)))
+    assert sampler.consumed == 6
 
 
 @settings(max_examples=100, deadline=None)
@@ -322,6 +400,10 @@ def test_grouped_state_is_refused_for_other_groups() -> None:
     other = InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 1, 1, 0], 2)
     with pytest.raises(SamplerMismatch, match="groups"):
         sampler.load_state_dict(other.state_dict())
+    for size, options, named in ((3, {}, "batch_size"), (2, {"drop_last": True}, "padding"), (2, {"seed": 1}, "seed")):
+        changed = InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 0, 1, 1], size, **options)  # type: ignore[arg-type]
+        with pytest.raises(SamplerMismatch, match=named):
+            sampler.load_state_dict({**changed.state_dict(), "length": 2})
     with pytest.raises(UsageError, match="3 entries for 4 samples"):
         InterruptableDistributedGroupedBatchSampler(Numbers(4), [0, 0, 1], 2)
     with pytest.raises(UsageError, match="batch_size"):
@@ -330,6 +412,70 @@ def test_grouped_state_is_refused_for_other_groups() -> None:
     assert len(loader) == 2
     assert sorted(i for batch in sampler.track(loader) for i in batch.tolist()) == [0, 1, 2, 3]
     assert sampler.state_dict()["consumed"] == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2, "persistent_workers": True}], ids=["alone", "workers"])
+def test_grouped_batches_stopped_in_mid_epoch(options: dict[str, Any]) -> None:
+    def run(stop: int | None, state: Any = None) -> tuple[list[list[int]], Any]:
+        sampler = InterruptableDistributedGroupedBatchSampler(Numbers(50), [i % 3 for i in range(50)], 4, seed=6)
+        if state is not None:
+            sampler.load_state_dict(state)
+        loader = DataLoader(Numbers(50), batch_sampler=sampler, **options)
+        batches: list[list[int]] = []
+        for epoch in range(sampler.epoch, 2):
+            with sampler.in_epoch(epoch):
+                for batch in sampler.track(loader):
+                    batches.append(batch.tolist())
+                    if len(batches) == stop:
+                        return batches, json.loads(json.dumps(sampler.state_dict()))
+        return batches, None
+
+    whole, _ = run(None)
+    assert len(whole) == 2 * 14, "groups of 17, 17 and 16"
+    assert sorted(whole[:14]) != sorted(whole[14:]), "each epoch has batches of its own"
+    for stop in (4, 14, 20):
+        head, state = run(stop)
+        assert (state["consumed"], state["unit"]) == (stop - 14 * state["epoch"], "batches")
+        assert head + run(None, state)[0] == whole
+
+
+def test_without_a_process_group_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (
+        InterruptableDistributedSampler,
+        lambda data, *world: InterruptableDistributedGroupedBatchSampler(data, [0] * 8, 2, *world),
+    ):
+        sampler = kind(Numbers(8))
+        assert isinstance(sampler, DistributedSampler), "so that trainers leave it in place"
+        assert (sampler.num_replicas, sampler.rank) == (1, 0)
+        with pytest.raises(UsageError, match="give rank too"):
+            kind(Numbers(8), 4)
+        for world in ((0, 0), (4, 4), (4, -1), (True, 0), (1.5, 0)):
+            with pytest.raises(UsageError, match=r"rank|num_replicas"):
+                kind(Numbers(8), *world)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.warns(RuntimeWarning, match="init_process_group") as warned:
+            kind(Numbers(8))
+        assert warned[0].filename == __file__, "it points at the line that made the sampler"
+        kind(Numbers(8), 2, 1)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+def test_arguments() -> None:
+    made: Any = [
+        InterruptableSampler(Numbers(8), seed=np.int64(3), shuffle=np.bool_(True)),  # type: ignore[arg-type]
+        InterruptableDistributedSampler(Numbers(8), np.int64(2), np.int64(1), seed=np.int64(3)),  # type: ignore[arg-type]
+        InterruptableDistributedGroupedBatchSampler(Numbers(8), torch.arange(8) % 2, np.int64(2), seed=np.int64(3)),  # type: ignore[arg-type]
+    ]
+    for sampler in made:
+        sampler.advance(torch.tensor(1))
+        assert json.loads(json.dumps(sampler.state_dict())) == sampler.state_dict()
+        with pytest.raises(UsageError):
+            sampler.advance(torch.tensor(1.0))
+        with pytest.raises(UsageError, match="seed"):
+            type(sampler)(Numbers(0), *([[], 2] if sampler is made[2] else []), seed=1.5)
+    for group in (0.5, "a", None):
+        with pytest.raises(UsageError, match="group id"):
+            InterruptableDistributedGroupedBatchSampler(Numbers(1), [group], 1)  # type: ignore[list-item]
 
 
 def test_a_real_process_group_shares_out_the_epoch(tmp_path: Path) -> None:

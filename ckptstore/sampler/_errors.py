@@ -1,5 +1,7 @@
 """What a sampler refuses."""
 
+from __future__ import annotations
+
 from ckptstore.errors import CkptStoreError, StateMismatch
 
 __all__ = ["AdvancedTooFarError", "HasNotResetProgressError", "SamplerMismatch"]

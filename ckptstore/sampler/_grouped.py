@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from ckptstore.errors import UsageError
 
-from ._progress import Interruptable
+from ._progress import Interruptable, whole
 from ._sampler import epoch_order, replicas
 
 __all__ = ["InterruptableDistributedGroupedBatchSampler"]
@@ -30,6 +30,7 @@ class InterruptableDistributedGroupedBatchSampler(Interruptable[list[int]], Dist
         batch_size: samples in a batch.
     """
 
+    _kind = "grouped batches"
     _unit = "batches"
 
     def __init__(
@@ -43,13 +44,12 @@ class InterruptableDistributedGroupedBatchSampler(Interruptable[list[int]], Dist
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size must be a whole number from 1 on, not {batch_size!r:.100}")
         if len(group_ids) != len(dataset):
             raise UsageError(f"group_ids has {len(group_ids)} entries for {len(dataset)} samples")
-        DistributedSampler.__init__(self, dataset, *replicas(num_replicas, rank), shuffle, seed, drop_last)  # type: ignore[arg-type]
-        self.batch_size = batch_size
-        self.group_ids = [int(g) for g in group_ids]
+        world, rank = replicas(num_replicas, rank)
+        DistributedSampler.__init__(self, dataset, world, rank, bool(shuffle), whole(seed, "seed"), bool(drop_last))  # type: ignore[arg-type]
+        self.batch_size = batch_size = whole(batch_size, "batch_size", 1)
+        self.group_ids = [whole(group, "a group id") for group in group_ids]
         sizes = Counter(self.group_ids).values()
         self._batches = sum(n // batch_size if drop_last else -(-n // batch_size) for n in sizes)
         self._digest = hashlib.sha256(json.dumps(self.group_ids).encode()).hexdigest()
@@ -57,6 +57,14 @@ class InterruptableDistributedGroupedBatchSampler(Interruptable[list[int]], Dist
 
     def __iter__(self) -> Iterator[list[int]]:
         return Interruptable.__iter__(self)
+
+    def advance(self, n: int = 1) -> None:
+        """Count `n` more batches as consumed on this rank. All ranks must do the same.
+
+        Raises:
+            AdvancedTooFarError: the epoch does not have as many.
+        """
+        Interruptable.advance(self, n)
 
     def _length(self) -> int:
         return self._batches

@@ -7,22 +7,38 @@ number of ranks can share out the rest.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from torch.utils.data import BatchSampler, DataLoader
 
 from ckptstore.errors import UsageError
 
 from ._errors import AdvancedTooFarError, HasNotResetProgressError, SamplerMismatch
 
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
-__all__ = ["Interruptable"]
+__all__ = ["Interruptable", "whole"]
 
 T = TypeVar("T")
 
 _FORMAT = 1
+
+
+def whole(value: object, what: str, least: int | None = None) -> int:
+    """Return `value` as a plain int, which JSON takes; NumPy's and torch's whole numbers are taken too.
+
+    Raises:
+        UsageError: it is none, or less than `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" from {least} on"
+        raise UsageError(f"{what} must be a whole number{bound}, not {value!r:.100}")
+    return number
 
 
 class Interruptable(Generic[T]):
@@ -32,6 +48,8 @@ class Interruptable(Generic[T]):
     num_replicas: int
     rank: int
     drop_last: bool
+    _kind = "samples"
+    """Names the rule by which the sequence is made."""
     _unit = "samples"
 
     def _sequence(self) -> list[T]:
@@ -82,21 +100,19 @@ class Interruptable(Generic[T]):
             mine.append(sequence[(i * self.num_replicas + self.rank - left) % len(sequence)])
         return iter(mine[:wanted])
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int) -> None:
         """Count `n` more items as consumed on this rank (samples; batches for a batch sampler). All ranks must do the same.
 
         Raises:
             AdvancedTooFarError: the epoch does not have as many.
         """
-        if isinstance(n, bool) or not hasattr(n, "__index__") or n.__index__() < 0:
-            raise UsageError(f"advance takes a whole number of {self._unit} from 0 on, not {n!r:.100}")
-        most = self._left(self._start)
-        if self._taken + n > most:
+        more, left = whole(n, f"the number of {self._unit} to advance by", 0), self._left(self.consumed)
+        if more > left:
             raise AdvancedTooFarError(
-                f"{n} more {self._unit} than the {self._taken} counted so far would be more than the {most} this rank had to consume; "
+                f"{more} {self._unit} more, when this rank has {left} left in epoch {self.epoch}; "
                 "was something counted twice, or the progress not reset after the last epoch?"
             )
-        self._taken += n.__index__()
+        self._taken += more
 
     def set_epoch(self, epoch: int) -> None:
         """Go to `epoch`: each has an order of its own. The epoch that is under way may be set again, and goes on.
@@ -104,14 +120,14 @@ class Interruptable(Generic[T]):
         Raises:
             HasNotResetProgressError: another epoch is under way; call `reset_progress` first, or use `in_epoch`.
         """
-        if isinstance(epoch, bool) or not hasattr(epoch, "__index__") or epoch.__index__() < 0:
-            raise UsageError(f"an epoch is a whole number from 0 on, not {epoch!r:.100}")
+        epoch = whole(epoch, "an epoch", 0)
         if self.consumed and epoch != self.epoch:
             raise HasNotResetProgressError(
                 f"epoch {self.epoch} is under way ({self.consumed} of {self._length()} {self._unit} consumed): "
                 f"call reset_progress() before set_epoch({epoch}), or use 'with sampler.in_epoch(epoch)'"
             )
-        self.epoch = epoch.__index__()
+        # From here on it is known that the user means to go on where this epoch stands: see `track`.
+        self.epoch, self._start, self._taken = epoch, self.consumed, 0
 
     def reset_progress(self) -> None:
         """Count nothing of the current epoch as consumed."""
@@ -121,7 +137,8 @@ class Interruptable(Generic[T]):
     def in_epoch(self, epoch: int) -> Iterator[None]:
         """Run one epoch, or what is left of it after a resume.
 
-        Left normally, the epoch is over, and the next one is up. Left by an exception, the progress stays, so that it can be saved.
+        Left normally, also by ``break`` or ``return``, the epoch is over, and the next one is up. Left by an exception, the progress
+        stays, so that it can be saved.
 
         Raises:
             HasNotResetProgressError: another epoch is under way.
@@ -137,33 +154,53 @@ class Interruptable(Generic[T]):
         So a save in the body of the loop belongs after the step on the batch in hand.
 
         Raises:
-            UsageError: the loader draws from something else, or from a batch sampler whose batches cannot be counted.
+            UsageError: the loader draws from something else, or its batches cannot be counted, or the loop body counted too.
+            HasNotResetProgressError: this sampler has counted this epoch to its end, and no epoch was entered since.
         """
         size = self._batch_items(loader)
+        over = self._taken > 0  # not so after a resume or set_epoch: then there may rightly be nothing left
         for batch in loader:
-            self.advance(min(size, self._left(self._start) - self._taken))
+            over = False
+            # Not the batch's own length: what a collate function makes of the samples is not ours to know.
+            self.advance(min(size, self._left(self.consumed)))
+            counted = self.consumed
             yield batch
+            if self.consumed != counted:
+                raise UsageError(
+                    "the progress was changed inside a loop over track(), which counts each batch itself: leave out the advance(), "
+                    "and start a new loop after load_state_dict() or reset_progress()"
+                )
+        if over:
+            raise HasNotResetProgressError(
+                f"epoch {self.epoch} has been consumed, so there is nothing to loop over: run each epoch in 'with sampler.in_epoch(epoch)'"
+            )
 
     def _batch_items(self, loader: DataLoader[Any]) -> int:
         """Return how many items of this sampler make up a batch of `loader`."""
-        from torch.utils.data import BatchSampler
-
-        batches: object = loader.batch_sampler
-        if self._is(loader.sampler if batches is None else batches):
+        if getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True):
+            # What was handed out is then no prefix of the epoch, and a resume would repeat some samples and miss others.
+            raise UsageError(
+                "this loader hands out batches in any order, so no number says which were consumed; use in_order=True"
+            )
+        # Any: samplers of the user's own may be anything, and so may what is passed for a loader.
+        batches: Any = getattr(loader, "batch_sampler", None)
+        source: Any = getattr(loader, "sampler", None) if batches is None else batches
+        if source is self:
             return 1
-        if type(batches) is BatchSampler and self._is(batches.sampler):
-            return batches.batch_size
+        # A subclass may form its batches in another way.
+        if type(batches) is BatchSampler:
+            source = batches.sampler
+            if source is self:
+                return int(batches.batch_size)
         raise UsageError(
             "this loader does not draw from this sampler, or by batches that cannot be counted; give it sampler=, or call advance()"
         )
-
-    def _is(self, other: object) -> bool:
-        return other is self
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands, as plain JSON: the same on every rank, and independent of the number of ranks."""
         return {
             "format": _FORMAT,
+            "kind": self._kind,
             "epoch": self.epoch,
             "consumed": self.consumed,
             "length": self._length(),
@@ -183,12 +220,14 @@ class Interruptable(Generic[T]):
             raise SamplerMismatch(f"a sampler's state is a dict, not {type(state_dict).__name__}")
         epoch = _count(state_dict, "epoch")
         if "consumed" in state_dict:
-            if _count(state_dict, "format") > _FORMAT:
+            if _count(state_dict, "format", 1) > _FORMAT:
                 raise SamplerMismatch("this sampler state was saved by a newer ckptstore; upgrade it")
             for key, mine in self.state_dict().items():
-                if key not in ("format", "epoch", "consumed") and state_dict.get(key) != mine:
+                theirs = state_dict.get(key)
+                # The types too: for Python, 1 == True == 1.0.
+                if key not in ("format", "epoch", "consumed") and (theirs != mine or type(theirs) is not type(mine)):
                     raise SamplerMismatch(
-                        f"the state was saved with {key} {state_dict.get(key)!r:.100}, and this sampler has {mine!r:.100}; "
+                        f"the state was saved with {key} {theirs!r:.100}, and this sampler has {mine!r:.100}; "
                         "give it the same, or start a new epoch with a new sampler"
                     )
             consumed = _count(state_dict, "consumed")
@@ -204,8 +243,8 @@ class Interruptable(Generic[T]):
         self.epoch, self._start, self._taken = epoch, consumed, 0
 
 
-def _count(state: Mapping[str, Any], key: str) -> int:
+def _count(state: Mapping[str, Any], key: str, least: int = 0) -> int:
     value = state.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise SamplerMismatch(f"this is no sampler state: its {key} is {value!r:.100}")
     return value

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler, Sampler
 
-from ._progress import Interruptable
+from ckptstore.errors import UsageError
+
+from ._progress import Interruptable, whole
 
 __all__ = ["InterruptableDistributedSampler", "InterruptableSampler", "epoch_order", "replicas"]
 
@@ -24,13 +28,32 @@ def epoch_order(length: int, shuffle: bool, seed: int, epoch: int) -> list[int]:
 
 
 def replicas(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """Return number of ranks and rank: as given, else of the process group, else one rank."""
+    """Return number of ranks and rank: as given, else of the process group, else one rank.
+
+    Raises:
+        UsageError: there is no such rank, or several ranks and nothing that says which this is.
+    """
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     if num_replicas is None:
+        if not group and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            warnings.warn(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no process group, so this sampler draws all samples in this "
+                "process: call init_process_group() before you make it, or give num_replicas and rank",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         num_replicas = torch.distributed.get_world_size() if group else 1
+    world = whole(num_replicas, "num_replicas", 1)
     if rank is None:
+        if world > 1 and not group:
+            raise UsageError(
+                f"num_replicas is {world}, but without a process group nothing says which rank this is; give rank too"
+            )
         rank = torch.distributed.get_rank() if group else 0
-    return num_replicas, rank
+    mine = whole(rank, "rank", 0)
+    if mine >= world:
+        raise UsageError(f"there is no rank {mine} of {world}: ranks count from 0")
+    return world, mine
 
 
 class InterruptableDistributedSampler(Interruptable[int], DistributedSampler[int]):
@@ -48,7 +71,8 @@ class InterruptableDistributedSampler(Interruptable[int], DistributedSampler[int
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        DistributedSampler.__init__(self, dataset, *replicas(num_replicas, rank), shuffle, seed, drop_last)  # type: ignore[arg-type]
+        world, rank = replicas(num_replicas, rank)
+        DistributedSampler.__init__(self, dataset, world, rank, bool(shuffle), whole(seed, "seed"), bool(drop_last))  # type: ignore[arg-type]
         self._size = len(dataset)
         self._begin()
 
@@ -81,17 +105,18 @@ class InterruptableSampler(Interruptable[int], Sampler[int]):
         drop_last: bool = False,
     ) -> None:
         self.dataset = dataset
-        self.shuffle = shuffle
-        self.seed = seed
+        self.shuffle = bool(shuffle)
+        self.seed = whole(seed, "seed")
         self.epoch = 0
         self.num_replicas, self.rank, self.drop_last = 1, 0, False
+        self._size = len(dataset)
         self._begin()
 
     def _length(self) -> int:
-        return len(self.dataset)
+        return self._size
 
     def _sequence(self) -> list[int]:
-        return epoch_order(len(self.dataset), self.shuffle, self.seed, self.epoch)
+        return epoch_order(self._size, self.shuffle, self.seed, self.epoch)
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "shuffle": self.shuffle}
