@@ -42,8 +42,6 @@ def size(nbytes: int) -> str:
 
 def age(seconds: float) -> str:
     """Return a duration in its largest sensible unit, rounded down. Negative ones come from clocks that differ."""
-    if not seconds < 1e12:  # NaN too
-        return "?"
     if seconds < 0:
         return "0 s" if seconds > -60 else "in the future"
     for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48), ("days", 86400, 730)):
@@ -52,12 +50,9 @@ def age(seconds: float) -> str:
     return f"{count(int(seconds // (365 * 86400)))} years"
 
 
-def date(timestamp: float) -> str | None:
-    """Return seconds since 1970 as an ISO 8601 date in UTC, or None if there is no such date."""
-    try:
-        return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (OverflowError, ValueError, OSError):
-        return None
+def date(timestamp: float) -> str:
+    """Return seconds since 1970 as an ISO 8601 date in UTC."""
+    return datetime.fromtimestamp(timestamp, timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def metrics(values: dict[str, float]) -> str:

@@ -91,7 +91,7 @@ def _manifest_json(manifest: Manifest) -> dict[str, JSON]:
 
 
 def _say_entry(out: Output, state: Record, entry: Entry) -> None:
-    date = (_format.date(entry.created) or "at an impossible time").replace("T", " ").replace("Z", " UTC")
+    date = _format.date(entry.created).replace("T", " ").replace("Z", " UTC")
     _say(out, "checkpoint", entry.id)
     _say(out, "saved as", entry.name)
     _say(out, "names", ", ".join(names_of(state, entry.id)) or "none")
