@@ -20,7 +20,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Tensor
         assert_type(ckpt, ckptstore.Checkpoint | None)
         step = 0 if ckpt is None or ckpt.step is None else ckpt.step
         loader = DataLoader(data, batch_size=32, sampler=sampler)
-        for epoch in range(3):
+        for epoch in range(sampler.epoch, 3):
             with sampler.in_epoch(epoch):
                 for _ in loader:
                     sampler.advance(32)
