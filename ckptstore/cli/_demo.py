@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ckptstore import CkptStoreError, Store, UsageError
-from ckptstore.checkpoint import RNG_FILE, STATE_FILE
-from ckptstore.url import parse_url
-
+from ..checkpoint import RNG_FILE, STATE_FILE
+from ..errors import CkptStoreError, UsageError
+from ..store import Store
+from ..url import parse_url
 from ._demo_compare import Log, differences, fingerprint, order_problems
 from ._demo_job import EPOCHS, SAVE_EVERY, STEPS, TRAINING
 
@@ -217,7 +217,7 @@ class Story:
 
     def _goodbye(self, good: bool, seconds: float) -> None:
         if not good:
-            print("\nThe two runs differ, which must not happen: please report it, with all of the above.")
+            print("\nThis is not as it must be: please report it, with all of the above.")
             return
         print(f"\nThe same to the last bit, in {seconds:.0f} seconds. In your own training it is these lines:\n\n{_YOURS}\n")
         url = shlex.quote(self.url) if self.kept else "my-demo"
