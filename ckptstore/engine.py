@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 
@@ -121,8 +121,7 @@ class Engine:
         with self._lock:
             deletions, self._deletions = self._deletions, []
         if self.workers.alive:
-            for deletion in deletions:
-                deletion.result()
+            wait(deletions)  # what failed, for whatever reason, is still on the record
 
     def write_down(self, state: Record) -> Record:
         """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""

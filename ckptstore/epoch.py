@@ -113,6 +113,10 @@ class Writer:
             DamagedRecord: the newest record is damaged, and only acquiring may pass it over.
         """
         self._check_backend()
+        if epoch is None:
+            # Only a save builds on the newest state known here and lets the log correct it: it never gives up because of what it sees.
+            # Others would: a name that is not there, nothing to prune, while the log has gone on, or belongs to another job.
+            self._log.head()
         if not self._cooperate:
             epoch = self._own_epoch() if self.epoch is not None else self.acquire().epoch
 

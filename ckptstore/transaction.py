@@ -9,6 +9,7 @@ import stat
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -84,7 +85,12 @@ class TransactionFile:
         """Append `data`; returns its length in bytes."""
         if self.closed:
             raise ValueError("write to a closed file")
-        return self._sink.write(data)
+        view = memoryview(data)
+        try:
+            return self._sink.write(view)
+        except BaseException:
+            self._transaction._spoil(f"{self._sink.path} could not be written")
+            raise
 
     def flush(self) -> None:
         """Do nothing: files become durable, together, when the transaction commits."""
@@ -131,7 +137,8 @@ class Transaction:
         self._spoilt: str | None = None
         self._sinks: dict[str, FileSink] = {}  # key -> being written
         self._written: list[PartWriter] = []  # complete, not yet durable
-        self._files: dict[str, FileEntry] = {}
+        self._files: dict[str, FileEntry] = {}  # by key, complete
+        self._folders: set[str] = set()
         self._unsafe: dict[str, list[str]] = {}
         self._versions = {"ckptstore": __version__, "python": platform.python_version(), "host": socket.gethostname()}
         self._checkpoint: Checkpoint | None = None
@@ -197,15 +204,15 @@ class Transaction:
 
     def add_file(self, path: str, source: str | os.PathLike[str]) -> None:
         """Copy the file `source` into the checkpoint as `path`. A symbolic link is followed; anything but a regular file is refused."""
-        with mapped_errors("read", os.fspath(source)):
+        with mapped_errors("read", os.fspath(source), absent=True):
             # Never blocks on a FIFO, and looks at what was opened, not at what was there before.
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        with open(fd, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise UsageError(f"{os.fspath(source)} is not a regular file")
-            with self.open(path) as out:
-                while block := self._read(file, source):
-                    out.write(block)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise UsageError(f"{os.fspath(source)} is not a regular file")
+        with open(fd, "rb", buffering=0) as file, self.open(path) as out:
+            while block := self._read(file, source):
+                out.write(block)
 
     def _read(self, file: Any, source: str | os.PathLike[str]) -> bytes:
         with mapped_errors("read", os.fspath(source)):
@@ -221,16 +228,23 @@ class Transaction:
         root = os.fspath(folder)
         if not os.path.isdir(root):
             raise UsageError(f"{root} is not a folder")
-        with mapped_errors("read", root):
-            for parent, folders, files in os.walk(root, onerror=_raise):
-                folders.sort()
-                for name in folders:
-                    if os.path.islink(os.path.join(parent, name)):
-                        raise UsageError(f"{os.path.join(parent, name)} links to a folder; add what it points to by itself")
-                for name in sorted(files):
-                    source = os.path.join(parent, name)
-                    inside = os.path.relpath(source, root).replace(os.sep, "/")
-                    self.add_file(f"{into}/{inside}" if into else inside, source)
+        try:
+            with mapped_errors("read", root):
+                self._add_tree(root, into)
+        except BaseException:
+            self._spoil(f"{root} was added only in part")
+            raise
+
+    def _add_tree(self, root: str, into: str) -> None:
+        for parent, folders, files in os.walk(root, onerror=_raise):
+            folders.sort()
+            for name in folders:
+                if os.path.islink(os.path.join(parent, name)):
+                    raise UsageError(f"{os.path.join(parent, name)} links to a folder; add what it points to by itself")
+            for name in sorted(files):
+                source = os.path.join(parent, name)
+                inside = os.path.relpath(source, root).replace(os.sep, "/")
+                self.add_file(f"{into}/{inside}" if into else inside, source)
 
     def open(self, path: str, mode: str = "wb") -> TransactionFile:
         """Open a new file of the checkpoint for writing bytes.
@@ -243,26 +257,27 @@ class Transaction:
         if mode != "wb":
             raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
         key = file_key(check_path(path))
-        for taken in (*self._sinks, *(f.key for f in self._files.values())):
-            if taken == key or taken.startswith(key + "/") or key.startswith(taken + "/"):
-                raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
+        above = {key[:i] for i, c in enumerate(key) if c == "/"}
+        if key in self._folders or any(k in self._sinks or k in self._files for k in (key, *above)):
+            raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
         backend = self._engine.backend
         writer = backend.open_writer(data_key(self.id, key))
         sink = FileSink(path, writer, self._engine.workers, backend.capabilities.part_size)
         self._sinks[key] = sink
+        self._folders |= above
         return TransactionFile(self, sink)
 
     def _complete(self, sink: FileSink) -> None:
         try:
             entry = sink.close()
+            self._files[entry.key] = entry
+            del self._sinks[entry.key]
+            self._written.append(sink.writer)
+            if len(self._written) >= _OPEN_FILES:
+                self._finish_written()
         except BaseException:
             self._spoil(f"{sink.path} could not be written")
             raise
-        self._files[sink.path] = entry
-        del self._sinks[entry.key]
-        self._written.append(sink.writer)
-        if len(self._written) >= _OPEN_FILES:
-            self._finish_written()
 
     def _spoil(self, reason: str) -> None:
         self._spoilt = self._spoilt or reason
@@ -341,11 +356,8 @@ class Transaction:
             sink.abort()
         for writer in self._written:
             writer.abort()
-        try:
-            if self._files or self._sinks:
-                self._engine.delete_data(self.id)
-        except CkptStoreError:
-            pass
+        with suppress(CkptStoreError):
+            self._engine.delete_data(self.id)
 
 
 def _raise(error: OSError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -96,10 +97,12 @@ class Mortal(FaultyBackend):
         self.calls_left: int | None = None
         """Die at the call after so many; None: live."""
         self.last_takes_effect = False
+        """Whether the call that it dies in still reaches the storage."""
+        self._life = threading.RLock()
 
     def run(self, method: str, call: Callable[[], _T]) -> _T:
         """Make one call, unless the process is dead."""
-        with self._lock:
+        with self._life:
             if self.calls_left is not None:
                 self.calls_left -= 1
                 if self.calls_left < 0:
