@@ -501,3 +501,29 @@ def test_a_real_process_group_shares_out_the_epoch(tmp_path: Path) -> None:
     alone = InterruptableDistributedSampler(range(25), seed=9)
     alone.load_state_dict(results[0]["state"])
     assert sorted(results[0]["drawn"] + results[1]["drawn"] + list(alone)) == list(range(25))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_go_on_as_if_nothing_had_happened(workers: int) -> None:
+    """Starting a loader in mid-epoch must not use up a random number that the run which was not stopped did not use there."""
+
+    def run(stop: int | None, start: Any = None) -> tuple[list[float], Any]:
+        sampler = InterruptableDistributedSampler(Numbers(40), seed=2)
+        loader = DataLoader(Numbers(40), batch_size=8, sampler=sampler, num_workers=workers)
+        torch.manual_seed(0)
+        if start is not None:
+            sampler.load_state_dict(start[0])
+            torch.set_rng_state(start[1])
+        drawn: list[float] = []
+        for epoch in range(sampler.epoch, 2):
+            with sampler.in_epoch(epoch):
+                for _ in sampler.track(loader):
+                    drawn.append(float(torch.rand(())))
+                    if len(drawn) == stop:
+                        return drawn, (sampler.state_dict(), torch.get_rng_state())
+        return drawn, None
+
+    whole, _ = run(None)
+    for stop in (1, 4, 5, 7):
+        head, start = run(stop)
+        assert head + run(None, start)[0] == whole

@@ -46,8 +46,7 @@ def train(url: str, data: str, log: str) -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
 
     sampler = ckptstore.InterruptableSampler(training, seed=1)
-    # A generator of its own: each time a loader is started it draws a number, else from the global one, which dropout needs as it was.
-    loader = DataLoader(training, BATCH, sampler=sampler, generator=torch.Generator())
+    loader = DataLoader(training, BATCH, sampler=sampler)
 
     def score() -> float:
         model.eval()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from ckptstore.errors import UsageError
@@ -159,7 +160,11 @@ class Interruptable(Generic[T]):
         """
         size = self._batch_items(loader)
         over = self._taken > 0  # not so after a resume or set_epoch: then there may rightly be nothing left
-        for batch in loader:
+        # A loader that is started draws a seed from torch's generator. In the run that was not stopped it did so at the start of the
+        # epoch; drawn again in mid-epoch, it would leave dropout and the like with other numbers than there.
+        with torch.random.fork_rng(devices=[], enabled=self.consumed > 0):
+            batches = iter(loader)
+        for batch in batches:
             over = False
             # Not the batch's own length: what a collate function makes of the samples is not ours to know.
             self.advance(min(size, self._left(self.consumed)))
