@@ -127,7 +127,7 @@ class NoAtomicCreate(BackendError):
 
 
 class Unreadable(BackendError):
-    """The storage itself reports that these bytes cannot be read any more (a media error), and asking again will not help."""
+    """The storage cannot give these bytes any more, and asking again will not help: a media error, or a link or folder in their place."""
 
 
 class Ambiguous(BackendError):

@@ -24,6 +24,7 @@ from .errors import (
     DamagedRecord,
     NewerFormat,
     NotFound,
+    Unreadable,
 )
 from .protocol import Backend
 from .record import EMPTY, RECORD_LIMIT, Record, Tombstone, decode, encode, encode_tombstone
@@ -98,6 +99,17 @@ class Log:
                     self._head = head
                     return head
                 # The slot was shrunk while we looked, so newer ones exist: look again from there.
+
+    def damaged(self) -> list[str]:
+        """Read the records that are kept whole, and return one message per damaged one, newest first."""
+        head = self.head()
+        found = list(head.damaged)
+        for n in range(head.record.n - 1, max(head.slot - _WHOLE, 0), -1):
+            try:
+                decode(self._backend.get(slot_key(n), RECORD_LIMIT), n)
+            except (DamagedRecord, NotFound, Unreadable) as exc:
+                found.append(str(exc))
+        return found
 
     def commit(self, change: Callable[[Head], Record | None], op: str) -> Record:
         """Make `change` of the newest state the next record, and return that record.
@@ -189,8 +201,13 @@ class Log:
             hint = int(self._backend.get(_HINT, 64))
             if known < hint < 10**12 and self._taken(hint):
                 known = hint
-        if not known:
-            return 0
+        known = self._climb(known)
+        while self._taken(known + 2):  # somebody has removed a record: what was committed after it counts all the same
+            known = self._climb(known + 2)
+        return known
+
+    def _climb(self, known: int) -> int:
+        """Return a slot from `known` on that is taken (or 0) and has a free one above it."""
         step = 1
         while self._taken(known + step):
             known += step
@@ -217,17 +234,40 @@ class Log:
             try:
                 data = self._backend.get(slot_key(n), RECORD_LIMIT)
                 record = decode(data, n)
-            except (DamagedRecord, NotFound) as exc:
+            except (DamagedRecord, NotFound, Unreadable) as exc:
                 damaged.append(str(exc))
                 continue
             if isinstance(record, Tombstone):
                 if self._taken(slot + 1):
                     return None
                 break
+            if not self._belongs(record):
+                damaged.append(f"commit record {n} does not continue commit record {n - 1}: it was put there from another store")
+                continue
             return Head(slot, record, sha256(data), tuple(damaged))
         if len(damaged) == slot:  # back to the beginning: the state before the first commit serves
             return Head(slot, EMPTY, None, tuple(damaged))
         raise DamagedRecord(f"none of the newest commit records can be read; newest first: {'; '.join(damaged)}")
+
+    def _belongs(self, record: Record) -> bool:
+        """Say whether `record` is this store's, as far as the records before it can tell."""
+        before = self._whole(record.n - 1)
+        if before is None or before[1] == record.prev:
+            return True
+        # One of the two is foreign. It is the earlier one if that does not continue its own predecessor.
+        first = self._whole(record.n - 2)
+        return first is not None and first[1] != before[0].prev
+
+    def _whole(self, n: int) -> tuple[Record, str] | None:
+        """Return record `n` and its SHA-256, None if there is no such record any more, or not a whole one."""
+        if n == self._head.slot and self._head.digest and not self._head.damaged:
+            return self._head.record, self._head.digest
+        with suppress(DamagedRecord, NotFound, Unreadable):
+            data = self._backend.get(slot_key(n), RECORD_LIMIT)
+            record = decode(data, n)
+            if isinstance(record, Record):
+                return record, sha256(data)
+        return None
 
     def _tidy(self, n: int) -> None:
         """After commit `n`: leave a hint, and shrink one old slot. Both may fail or be lost without harm."""

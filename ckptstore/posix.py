@@ -109,15 +109,15 @@ def mapped_errors(doing: str, path: str | None = None, *, absent: bool = False) 
         raise typed_error(exc, doing, path, absent=absent) from exc
 
 
-def wrong_kind(path: str, mode: int) -> BackendError:
+def wrong_kind(path: str, mode: int) -> Unreadable:
     """Return the error for an entry whose `st_mode` is not of the kind that belongs at `path`."""
     if stat.S_ISLNK(mode):
-        return BackendError(errno.ELOOP, "this is a symbolic link, and links inside a store are never followed; remove it", path)
+        return Unreadable(errno.ELOOP, "this is a symbolic link, and links inside a store are never followed; remove it", path)
     if stat.S_ISDIR(mode):
-        return BackendError(errno.EISDIR, "this is a folder where a file should be; move it away", path)
+        return Unreadable(errno.EISDIR, "this is a folder where a file should be; move it away", path)
     if stat.S_ISREG(mode):
-        return BackendError(errno.ENOTDIR, "this is a file, not a folder; move it away or use another path", path)
-    return BackendError(errno.EINVAL, "this is a FIFO, a socket or a device; remove it", path)
+        return Unreadable(errno.ENOTDIR, "this is a file, not a folder; move it away or use another path", path)
+    return Unreadable(errno.EINVAL, "this is a FIFO, a socket or a device; remove it", path)
 
 
 def nearest_existing(path: str) -> str:

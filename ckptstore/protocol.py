@@ -121,7 +121,7 @@ class Backend(Protocol):
 
         Raises:
             NotFound: there is no such object.
-            Unreadable: the storage has lost these bytes for good (EIO of a local disk).
+            Unreadable: the storage has lost these bytes for good (EIO of a local disk, something else in the file's place).
             BackendError: it could not be read, or ends before the buffer is full: short data is an error, never fewer bytes.
         """
 

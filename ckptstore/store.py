@@ -335,14 +335,13 @@ class Store:
     def verify(self, target: str | Checkpoint | None = None, progress: Callable[[int], object] | None = None) -> list[Damage]:
         """Read every byte of one checkpoint, or of all, and return what is damaged: an empty list if everything is whole.
 
-        A damaged newest commit record is damage too. A checkpoint that is pruned meanwhile is none, but asked for by itself it raises
-        `CheckpointNotFound`. `progress` is called with the number of bytes just done.
+        Damage to one of the newest commit records counts too, even while a newer one is whole. A checkpoint that is pruned meanwhile
+        is none, but asked for by itself it raises `CheckpointNotFound`. `progress` is called with the number of bytes just done.
         """
         if target is not None:
             return (target if isinstance(target, Checkpoint) else self.checkpoint(target)).verify(progress)
-        head = self._engine.log.head()
-        found = [Damage("", "", (), message) for message in head.damaged]
-        for entry in head.record.checkpoints:
+        found = [Damage("", "", (), message) for message in self._engine.log.damaged()]
+        for entry in self._engine.log.head().record.checkpoints:
             with suppress(CheckpointNotFound):
                 found += Checkpoint(self._engine, entry).verify(progress)
         return found

@@ -162,12 +162,14 @@ def check_size(backend: Backend, key: str, entry: FileEntry) -> None:
     """Compare the stored size with the manifest's, so that nothing is allocated on the manifest's word alone.
 
     Raises:
-        DamagedFile: missing, or of another size.
+        DamagedFile: missing, of another size, or no file at all.
     """
     try:
         size = backend.stat(key).size
     except NotFound:
         raise DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)]) from None
+    except Unreadable as exc:
+        raise DamagedFile(f"{key} cannot be read: {exc}", entry.path, [(0, entry.size)]) from exc
     if size != entry.size:
         low, high = sorted((size, entry.size))
         raise DamagedFile(f"{key} has {size} bytes instead of {entry.size}", entry.path, [(low, high)])
@@ -230,7 +232,7 @@ def damaged_ranges(
     """
     try:
         size = backend.stat(key).size
-    except NotFound:
+    except (NotFound, Unreadable):
         return [(0, entry.size)]
 
     def examine(span: tuple[int, int, int]) -> list[tuple[int, int]]:
