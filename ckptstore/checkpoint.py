@@ -16,7 +16,7 @@ from .envelope import JSON
 from .errors import AlreadyExists, Damaged, DamagedManifest, NotFound
 from .manifest import FileEntry, Manifest
 from .naming import data_key
-from .posix import fsync_dir, mapped_errors
+from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
 from .record import Entry
 from .transfer import VerifiedFile, damaged_ranges, read_file
 
@@ -169,28 +169,29 @@ class Checkpoint:
             for entry in self.manifest.files:
                 if os.path.lexists(root / entry.path):
                     raise AlreadyExists(f"{root / entry.path} exists already; give an empty folder")
-            folders = {root}
-            root.mkdir(parents=True, exist_ok=True)
+            base = root.absolute()
+            top = nearest_existing(str(base))  # what is made below it has to be flushed too
+            base.mkdir(parents=True, exist_ok=True)
+            folders = {base, *base.parents}
             for entry in self.manifest.files:
-                target = root / entry.path
+                target = base / entry.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                folders.update(p for p in target.parents if p.is_relative_to(root))
+                folders.update(target.parents)
                 self._copy(entry, target)
             for path in sorted(folders, reverse=True):
-                fsync_dir(str(path))
+                if path.is_relative_to(top):
+                    fsync_dir(str(path))
         return root
 
     def _copy(self, entry: FileEntry, target: Path) -> None:
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry) as source, open(partial, "xb") as out:
+        folder = Folders(str(target.parent), os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        with folder, NewFile(folder, target.name, str(target)) as new:
+            with VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry) as source:
                 while block := source.read(1 << 20):
-                    out.write(block)
-                out.flush()
-                os.fsync(out.fileno())
-            os.link(partial, target)  # never replaces a file that appeared meanwhile
-        finally:
-            partial.unlink(missing_ok=True)
+                    write_all(new.fd, source.tell() - len(block), memoryview(block))
+            os.fsync(new.fd)
+            new.close_file()
+            new.publish()  # never replaces a file that appeared meanwhile
 
     @contextmanager
     def _damaged_or_pruned(self) -> Iterator[None]:
