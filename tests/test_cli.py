@@ -305,6 +305,14 @@ class TestVerify:
         assert [(d["id"], d["path"]) for d in document["damage"]] == [("", "")]
         assert not document["good"]
 
+    def test_an_older_record_that_is_damaged(self, url: str, run: Any) -> None:
+        """It is what a damaged newest one would fall back to."""
+        flip(Path(url, "log", f"{4:012d}"), 200)
+        status, out, err = run("verify", url)
+        assert (status, err) == (1, "")
+        assert out.splitlines()[0].startswith("damaged  commit record 4 is damaged")
+        assert run("ls", url)[0] == 0
+
     def test_no_record_that_can_be_read(self, url: str, run: Any) -> None:
         with Store(url) as store:
             for i in range(9):

@@ -16,7 +16,7 @@ from ..store import Store
 from . import _format
 from ._errors import DAMAGED, explain
 from ._output import Output
-from ._state import as_checkpoint, damage_json, lookup, names_of, newest, record_damage
+from ._state import as_checkpoint, damage_json, lookup, names_of, newest
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,8 +30,8 @@ def verify(args: argparse.Namespace, store: Store, out: Output) -> int:
     results: list[dict[str, object]] = []
     # Filled in as it goes: what was found is told also when the storage fails half-way.
     out.document.update(good=False, checkpoints=results, damage=[])
-    head = _head(store)
-    _report(out, found, record_damage(head))
+    head, records = _head(store)
+    _report(out, found, [Damage("", "", (), message) for message in records])
     entries = _wanted(args, store, head)
     header, *lines = _lines(head.record, entries)
     if entries:
@@ -55,11 +55,11 @@ def verify(args: argparse.Namespace, store: Store, out: Output) -> int:
     return DAMAGED if found else 0
 
 
-def _head(store: Store) -> Head:
+def _head(store: Store) -> tuple[Head, list[str]]:
     try:
-        return newest(store)
-    except DamagedRecord as exc:
-        return Head(0, EMPTY, None, (str(exc),))
+        return newest(store), store._engine.log.damaged()
+    except DamagedRecord as exc:  # not one can be read
+        return Head(0, EMPTY), [str(exc)]
 
 
 def _wanted(args: argparse.Namespace, store: Store, head: Head) -> list[Entry]:
