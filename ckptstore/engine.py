@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -29,7 +28,7 @@ class Engine:
         self.log = Log(backend)
         self.workers = Workers(backend.capabilities.parallel)
         self.verdicts: dict[str, bool] = {}
-        """Checkpoints read back here: whole or not. The next commit writes it down."""
+        """Checkpoints read back here since the last commit: whole or not. The next commit writes it down."""
         self.deleted: set[str] = set()
         """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
         self._lock = threading.Lock()
@@ -99,13 +98,18 @@ class Engine:
         self.backend.delete(keys)
         self._keys.pop(checkpoint_id, None)
 
-    def delete_retired(self, ids: Iterable[str]) -> None:
-        """Begin to delete the data of retired checkpoints, in the background: training need not wait for it.
+    def committed(self, record: Record) -> None:
+        """Take note of a commit made here, and begin to delete what is retired, in the background: training need not wait for it.
 
         What fails stays in the record's `retired` and is tried again after the next commit.
         """
+        known = {e.id: e.verified for e in record.checkpoints}
+        for checkpoint_id, verdict in list(self.verdicts.items()):
+            if known.get(checkpoint_id, verdict) == verdict:
+                self.verdicts.pop(checkpoint_id, None)  # on the record now; somebody else may judge anew
+        ids = set(record.retired)
         with self._lock:
-            self.deleted.intersection_update(ids := set(ids))  # the others are off the record
+            self.deleted.intersection_update(ids)  # the others are off the record
             if todo := sorted(ids - self.deleted):
                 self._deletions.append(self.workers.submit(self._delete_all, todo))
 

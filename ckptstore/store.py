@@ -16,6 +16,7 @@ from .envelope import JSON
 from .epoch import Writer
 from .errors import (
     CheckpointNotFound,
+    CkptStoreError,
     CommitUnknown,
     DamagedManifest,
     DamagedRecord,
@@ -138,9 +139,10 @@ class Store:
         self._writer.acquire()
         if not self._acquired:
             self._acquired = True
-            head = self._engine.log.head()
-            if head.slot > 1:
-                self._engine.backend.delete(find_garbage(self._engine.backend, head).keys)
+            with suppress(CkptStoreError):  # acquired it is all the same; a later job, or gc, collects what stays
+                head = self._engine.log.head()
+                if head.slot > 1:
+                    self._engine.backend.delete(find_garbage(self._engine.backend, head).keys)
 
     def tag(self, name: str, target: str | Checkpoint) -> Checkpoint:
         """Let `name` point to a checkpoint, which retention then never removes. `target` is a name, an id or a `Checkpoint`.
@@ -163,6 +165,7 @@ class Store:
             return replace(state, names={**state.names, name: entry.id})
 
         record = self._writer.commit(change, new_op())
+        self._engine.committed(record)
         return Checkpoint(self._engine, find(self.url, record, name))
 
     def delete(self, target: str | Checkpoint) -> str | None:
@@ -192,7 +195,7 @@ class Store:
             gone = entry.id
             return state.without({entry.id})
 
-        self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
+        self._engine.committed(self._writer.commit(change, new_op()))
         self._engine.settle()
         return gone
 
@@ -206,7 +209,7 @@ class Store:
             gone[:] = sorted(ids)
             return written.without(ids) if ids or written != state else None
 
-        self._engine.delete_retired(self._writer.commit(change, new_op()).retired)
+        self._engine.committed(self._writer.commit(change, new_op()))
         self._engine.settle()
         return gone
 
@@ -313,7 +316,8 @@ class Store:
         if saved_rng is not None:
             generators.restore(saved_rng)
         # Written down so that retention, anybody's, keeps what this job stands on.
-        self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
+        record = self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
+        self._engine.committed(record)
         return checkpoint
 
     def checkpoint(self, target: str | None = None, *, step: int | None = None) -> Checkpoint:

@@ -343,7 +343,7 @@ class Transaction:
             self._discard()
             raise
         self._checkpoint = Checkpoint(self._engine, entry, manifest)
-        self._engine.delete_retired(record.retired)
+        self._engine.committed(record)
 
     def _give_up(self, error: BaseException) -> None:
         self._discard()

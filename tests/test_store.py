@@ -1320,3 +1320,41 @@ def test_repr_and_url_name_the_place(tmp_path: Path) -> None:
     with Store(tmp_path / "run") as store:
         assert store.url == str(tmp_path / "run")
         assert repr(store) == f"<Store {tmp_path / 'run'}>"
+
+
+# --- verdicts: what was read back whole, or damaged
+
+
+def test_the_newer_verdict_counts(store: Store, backend: Backend) -> None:
+    whole, rotten, _ = [write(store) for _ in range(3)]
+    store.checkpoint(whole).verify()
+    store.checkpoint(rotten).verify()
+    store.tag("any", whole)
+    assert [e.verified for e in state_of(backend).checkpoints] == [True, True, None]
+    damage_key(backend, f"data/{rotten}/a.bin", lambda data: data[:-1] + b"?")
+    with store_on(backend, acquire=False) as evaluation:
+        assert evaluation.verify(rotten)
+        evaluation.tag("any", "latest")
+    assert [e.verified for e in state_of(backend).checkpoints] == [True, False, None]
+    write(store)  # which once found it whole, and said so then
+    assert [e.verified for e in state_of(backend).checkpoints] == [True, False, None, None]
+    with store_on(backend, acquire=False, keep_last=1) as strict:
+        strict.prune()
+    assert whole in store, "the only one known to be whole"
+
+
+def test_an_acquisition_that_cannot_collect_is_one(backend: Backend) -> None:
+    with store_on(backend) as last, store_on(backend) as newer:
+        litter = die_before_the_commit(backend, newer)
+        for method in ("list", "delete"):
+            faulty = FaultyBackend(backend, [Fault(method, 0, before=ckptstore.errors.BackendError("not now"))])
+            with store_on(faulty) as job:
+                job.acquire()
+                faulty.plan.clear()
+                assert litter in folders(backend)
+                made = write(job)
+        assert made in folders(backend)
+        with pytest.raises(Fenced):
+            write(newer)
+        write(last)
+        assert litter not in folders(backend)
