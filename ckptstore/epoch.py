@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from .errors import BackendError, CkptStoreError, DamagedRecord, Fenced, NoAtomicCreate
+from .errors import BackendError, CkptStoreError, CommitUnknown, DamagedRecord, Fenced, NoAtomicCreate
 from .log import Head, Log, new_op
 from .naming import DATA, id_of_key, is_id
 from .owner import default_owner
@@ -89,9 +89,20 @@ class Writer:
         )
 
     def begin(self) -> int:
-        """Return the epoch that data written from now on belongs to, acquiring first unless cooperating."""
+        """Return the epoch that a change belongs to which begins now, acquiring first unless cooperating.
+
+        Raises:
+            Fenced: a newer job has acquired the store.
+            BackendError: also when the outcome of the acquisition is unknown. That of the change is not, and must not be confused with it.
+        """
         if not self._cooperate:
-            return self.acquire().epoch if self.epoch is None else self._own_epoch()
+            if self.epoch is not None:
+                return self._own_epoch()
+            try:
+                return self.acquire().epoch
+            except CommitUnknown as exc:
+                why = "whether the store was acquired could not be learnt, and nothing else was begun; try again"
+                raise BackendError(f"{why}: {exc}") from exc
         self._check_backend()
         head = self._log.head()
         self._check(head, None)
@@ -118,7 +129,7 @@ class Writer:
             # Others would: a name that is not there, nothing to prune, while the log has gone on, or belongs to another job.
             self._log.head()
         if not self._cooperate:
-            epoch = self._own_epoch() if self.epoch is not None else self.acquire().epoch
+            epoch = self.begin()
 
         def fenced_change(head: Head) -> Record | None:
             self._check(head, epoch)

@@ -121,8 +121,8 @@ class Store:
     ) -> Transaction:
         """Return a context manager that writes several files as one checkpoint; see `Transaction`. Arguments as for `save`."""
         draft = Draft.check(name, step, metrics, metadata, sampler)
-        if self._writer.epoch is None and self._arguments[1]:
-            self.acquire()
+        if self._arguments[1]:
+            self._acquire_first()
         return Transaction(self._engine, self._writer, self._retention, draft)
 
     def acquire(self) -> None:
@@ -137,6 +137,13 @@ class Store:
         if not self._arguments[1]:
             raise UsageError("this Store was opened with acquire=False; open one without it to take over")
         self._writer.acquire()
+        self._collect_once()
+
+    def _acquire_first(self) -> None:
+        self._writer.begin()
+        self._collect_once()
+
+    def _collect_once(self) -> None:
         if not self._acquired:
             self._acquired = True
             with suppress(CkptStoreError):  # acquired it is all the same; a later job, or gc, collects what stays
@@ -293,7 +300,9 @@ class Store:
             CheckpointNotFound: there are checkpoints, but none was saved under `name`.
             Damaged: there are, and not one is whole; it is not for a program to start over then.
         """
-        self.acquire()
+        if self._arguments[1]:
+            self._acquire_first()
+        self.acquire()  # also sees whether a newer job has come since
         head = self._engine.head()
         if not head.record.checkpoints:
             if head.record.spared:
