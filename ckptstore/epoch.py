@@ -7,12 +7,13 @@ log itself, because it would have to build on that record. Cooperating writers c
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-from .errors import BackendError, CkptStoreError, CommitUnknown, DamagedRecord, Fenced, NoAtomicCreate
+from .errors import BackendError, CkptStoreError, CommitUnknown, DamagedRecord, FallbackWarning, Fenced, NoAtomicCreate
 from .log import Head, Log, new_op
-from .naming import DATA, id_of_key, is_id
+from .naming import DATA, epoch_of, id_of_key, is_id
 from .owner import default_owner
 from .protocol import Backend
 from .record import Record
@@ -73,18 +74,22 @@ class Writer:
             raise Fenced(
                 f"this launch ({self.owner}) owned the store before, and {state.owner} has acquired it since; stop this job"
             )
-        spared = state.spared
-        if head.damaged:
+        found: tuple[str, ...] = ()
+        if head.damaged or not head.slot:
             # A damaged record may have committed a checkpoint, and may have been an acquisition itself: its data is kept, and the
-            # epoch skips every one it may have used.
-            known = {e.id for e in state.checkpoints} | set(state.retired) | set(spared)
+            # epoch skips every one it may have used. Without any record, data of an acquired epoch shows that there were some.
+            known = {e.id for e in state.checkpoints} | set(state.retired) | set(state.spared)
             ids = {id_of_key(info.key) for info in self._backend.list(DATA)}
-            spared += tuple(sorted(i for i in ids if is_id(i) and i not in known))
+            found = tuple(sorted(i for i in ids if is_id(i) and i not in known and (head.damaged or epoch_of(i) > 0)))
+        if head.damaged:
+            message = f"{self._backend.url}: {head.damaged[0]}; going on from commit record {state.n}"
+            more = f". It may have named {', '.join(found)}, kept: tag(name, id) brings one back" if found else ""
+            warnings.warn(message + more, FallbackWarning, stacklevel=2)
         return replace(
             state,
             epoch=state.epoch + 1 + len(head.damaged),
             owner=self.owner,
-            spared=spared,
+            spared=state.spared + found,
             past_owners=(*state.past_owners, *([state.owner] if state.owner else []))[-_PAST_OWNERS:],
         )
 

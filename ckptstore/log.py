@@ -252,11 +252,13 @@ class Log:
     def _belongs(self, record: Record) -> bool:
         """Say whether `record` is this store's, as far as the records before it can tell."""
         before = self._whole(record.n - 1)
-        if before is None or before[1] == record.prev:
+        if before is None or record.prev in (before[1], None):
             return True
+        older = [self._whole(n) for n in range(record.n - 2, max(record.n - _WHOLE, 0), -1)]
+        if any(found and found[1] == record.prev for found in older):
+            return True  # an acquisition that passed over those between, which could not be read then
         # One of the two is foreign. It is the earlier one if that does not continue its own predecessor.
-        first = self._whole(record.n - 2)
-        return first is not None and first[1] != before[0].prev
+        return bool(older and older[0] and older[0][1] != before[0].prev)
 
     def _whole(self, n: int) -> tuple[Record, str] | None:
         """Return record `n` and its SHA-256, None if there is no such record any more, or not a whole one."""

@@ -307,8 +307,8 @@ class Store:
         if not head.record.checkpoints:
             if head.record.spared:
                 raise DamagedRecord(
-                    f"the records that named this store's checkpoints are damaged; data of {', '.join(head.record.spared)} is still there: "
-                    "bring one back with tag(name, id), or delete them to start over"
+                    "the records that named this store's checkpoints are damaged or gone, and the data of these is still there: "
+                    f"{', '.join(head.record.spared)}; bring one back with tag(name, id), or delete them to start over"
                 )
             return None
         from . import rng as generators
