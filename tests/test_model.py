@@ -336,13 +336,15 @@ class StoreMachine(RuleBasedStateMachine):
         whole = next((i for i, e in enumerate(met) if e.id not in self.broken), len(met))
         return met[:whole], met[whole] if whole < len(met) else None
 
-    @rule(which=WHICH, name=NAMES)
-    def load_by_name(self, which: int, name: str) -> None:
+    @rule(which=WHICH, name=NAMES, spoil=st.booleans())
+    def load_by_name(self, which: int, name: str, spoil: bool) -> None:
         actor = self.actor(which)
         if name not in self.state.names:
             with pytest.raises((CheckpointNotFound, FileNotFoundError)):
                 actor.store.load(name)
             return
+        if spoil:
+            self.damage([e.id for e in self.state.checkpoints].index(self.state.names[name]), 0, "flip")
         damaged, whole = self.readable(name)
         if any(e.id not in self.object_of for e in [*damaged, *([whole] if whole else [])]):
             return  # tagged so: a checkpoint of plain files
@@ -422,8 +424,8 @@ class StoreMachine(RuleBasedStateMachine):
     def damage(self, chosen: int, where: int, how: str) -> None:
         wanted = self.state.checkpoints[chosen % len(self.state.checkpoints)].id
         objects = [info for info in self.storage.list(f"data/{wanted}/") if info.size]
-        if not objects:
-            return  # all removed before
+        if wanted in self.broken or not objects:  # the same bit flipped twice would be no damage
+            return
         key = objects[where % len(objects)].key
         data = bytearray(self.storage.get(key, 1 << 20))
         data[where % len(data)] ^= 1 << where % 8
