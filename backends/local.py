@@ -332,7 +332,7 @@ class _LocalWriter:
         self._state = "open"
         self._writing = 0
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, number: int) -> None:
         """See `PartWriter.write`."""
         with self._lock:
             self._require_open()

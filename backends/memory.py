@@ -120,7 +120,7 @@ class _MemoryWriter:
         self._lock = threading.Lock()
         self._buffer: bytearray | None = bytearray()
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, number: int) -> None:
         """See `PartWriter.write`."""
         end = offset + data.nbytes
         with self._lock:

@@ -17,6 +17,8 @@ Each one says what to do, and also subclasses the builtin that code which never 
     │   ├── StorageFull                       no space, no quota, file too large for the file system
     │   ├── NoAtomicCreate                    the storage cannot tell two writers apart; see single_writer=1
     │   ├── Unreadable                        the storage has lost these bytes; asking again will not help
+    │   ├── Transient                         it could not answer now; asking again may help
+    │   │   └── Throttled                     it asks for fewer requests
     │   └── Ambiguous                         the step may or may not have taken effect
     ├── Damaged (ValueError)                  bytes differ from what was committed
     │   ├── DamagedRecord
@@ -59,6 +61,8 @@ __all__ = [
     "StorageFull",
     "StoreNotFound",
     "StoreWarning",
+    "Throttled",
+    "Transient",
     "UnknownScheme",
     "Unreadable",
     "UnsafeContent",
@@ -128,6 +132,17 @@ class NoAtomicCreate(BackendError):
 
 class Unreadable(BackendError):
     """The storage cannot give these bytes any more, and asking again will not help: a media error, or a link or folder in their place."""
+
+
+class Transient(BackendError):
+    """The storage could not answer now (a timeout, a lost connection, an overloaded server): asking again may help.
+
+    Only of steps that can be repeated without harm, so it does not matter whether this one took effect.
+    """
+
+
+class Throttled(Transient):
+    """The storage asks for fewer requests."""
 
 
 class Ambiguous(BackendError):

@@ -15,8 +15,8 @@ __all__ = ["CHUNK_LIMIT", "MANIFEST_LIMIT", "FileEntry", "Manifest", "decode", "
 MANIFEST_LIMIT = 1 << 30
 """Manifests larger than this many bytes are refused."""
 
-CHUNK_LIMIT = 64 << 20
-"""Longest chunk, in bytes: a reader needs one chunk in memory to check it."""
+CHUNK_LIMIT = 1 << 32
+"""Longest chunk, in bytes; a reader needs one chunk in memory to check it. Only files of terabytes have chunks of more than 8 MiB."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class FileEntry:
     """CRC-64/NVME of the whole file."""
     chunks: tuple[tuple[int, int], ...]
     """(length in bytes, CRC-64/NVME) of consecutive pieces that make up the file."""
+    remote: str | None = None
+    """The checksum that the service recorded, as in `ObjectInfo.checksum`."""
 
     @property
     def key(self) -> str:
@@ -77,7 +79,13 @@ def encode(manifest: Manifest) -> bytes:
             "created": manifest.created,
             "checksum": ALGORITHM,
             "files": [
-                {"path": f.path, "size": f.size, "crc": _hex(f.crc), "chunks": [[n, _hex(c)] for n, c in f.chunks]}
+                {
+                    "path": f.path,
+                    "size": f.size,
+                    "crc": _hex(f.crc),
+                    "chunks": [[n, _hex(c)] for n, c in f.chunks],
+                    **({"remote": f.remote} if f.remote else {}),
+                }
                 for f in manifest.files
             ],
             "metrics": {k: from_number(v) for k, v in manifest.metrics.items()},
@@ -130,7 +138,10 @@ def _decode_file(item: JSON) -> FileEntry:
     size = item["size"]
     if not isinstance(size, int) or isinstance(size, bool) or sum(n for n, _ in chunks) != size:
         raise ValueError("chunks do not add up to the file's size")
-    return FileEntry(path=check_path(item["path"]), size=size, crc=_unhex(item["crc"]), chunks=chunks)
+    remote = item.get("remote")
+    if remote is not None and not isinstance(remote, str):
+        raise ValueError("a service's checksum is malformed")
+    return FileEntry(path=check_path(item["path"]), size=size, crc=_unhex(item["crc"]), chunks=chunks, remote=remote)
 
 
 def _length(value: JSON) -> int:

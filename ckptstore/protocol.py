@@ -5,7 +5,8 @@ A backend only moves bytes. Chunking, checksums, threads, retries, names and ret
 the library never passes any other. Every method is synchronous and MUST be safe to call from several threads at once.
 
 Errors: a backend maps whatever its storage raises to `ckptstore.errors`, keeping the original as ``__cause__``. `NotFound` is
-an answer, never a guess: a backend that could not look raises `BackendError`.
+an answer, never a guess: a backend that could not look raises `BackendError`. A backend repeats nothing by itself, nor lets an SDK do
+so: it raises `Transient`, and what may be repeated is repeated above it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ class Capabilities:
     """Bytes per `PartWriter.write` that suit the storage best."""
     parallel: int
     """How many parts of one file may usefully be moved at a time."""
+    min_part: int = 0
+    """Bytes that every part but the last has at least (S3: 5 MiB)."""
+    max_parts: int = 0
+    """How many parts a file may have, so that they must grow with it (S3: 10 000); 0: any number."""
+    remote: bool = False
+    """Each call is a request over a network: few requests matter, and what failed in between is worth repeating."""
+    probe: bool = False
+    """`atomic_create` is a claim of somebody else's service: try it out before it is relied upon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +47,31 @@ class ObjectInfo:
     key: str
     size: int
     """Bytes."""
+    checksum: str | None = None
+    """What the service itself recorded: ``crc64nvme:``, ``crc32c:`` or ``md5:`` and lower-case hexadecimal digits, or None. Only from
+    `Backend.stat`."""
 
 
 class PartWriter(Protocol):
     """Writes one large object in parts. Nothing is visible under its key before `finish` returns."""
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write `data` at byte `offset`. MUST write all of it or raise.
+    def write(self, offset: int, data: memoryview, number: int) -> None:
+        """Write `data`, part `number` (from 0, in the order of the offsets), at byte `offset`. MUST write all of it or raise.
 
         Called from several threads; parts never overlap and leave no gap, but come in any order. `data` is only valid until the
-        call returns.
+        call returns. A part that failed with `Transient` may be written again, the same bytes under the same number.
 
         Raises:
             BackendError, StorageFull: the whole file is lost; only `abort` may follow.
         """
 
-    def finish(self) -> None:
+    def finish(self) -> str | None:
         """Publish the object under its key, durably: after return it MUST survive a power cut.
 
-        MUST NOT replace an object that is already there.
+        MUST NOT replace an object that is already there, where the storage can tell; no key of a data file is ever used twice.
+
+        Returns:
+            The service's own checksum of the object, as in `ObjectInfo.checksum`, None if it has none.
 
         Raises:
             AlreadyExists: the key is taken.

@@ -8,7 +8,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -136,7 +136,7 @@ class Transaction:
         self._state = "new"
         self._spoilt: str | None = None
         self._sinks: dict[str, FileSink] = {}  # key -> being written
-        self._written: list[PartWriter] = []  # complete, not yet durable
+        self._written: list[tuple[PartWriter, str]] = []  # complete, not yet durable; with their keys
         self._files: dict[str, FileEntry] = {}  # by key, complete
         self._folders: set[str] = set()
         self._unsafe: dict[str, list[str]] = {}
@@ -262,7 +262,7 @@ class Transaction:
             raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
         backend = self._engine.backend
         writer = backend.open_writer(data_key(self.id, key))
-        sink = FileSink(path, writer, self._engine.workers, backend.capabilities.part_size)
+        sink = FileSink(path, writer, self._engine.workers, backend.capabilities)
         self._sinks[key] = sink
         self._folders |= above
         return TransactionFile(self, sink)
@@ -272,7 +272,7 @@ class Transaction:
             entry = sink.close()
             self._files[entry.key] = entry
             del self._sinks[entry.key]
-            self._written.append(sink.writer)
+            self._written.append((sink.writer, entry.key))
             if len(self._written) >= _OPEN_FILES:
                 self._finish_written()
         except BaseException:
@@ -283,12 +283,12 @@ class Transaction:
         self._spoilt = self._spoilt or reason
 
     def _finish_written(self) -> None:
-        if sum(f.size for f in self._files.values()) < _SMALL and len(self._written) <= 2:
-            for writer in self._written:  # a thread would take longer to wake up than this takes
-                writer.finish()
+        if len(self._written) == 1 and self._files[self._written[0][1]].size < _SMALL:
+            remote: Iterable[str | None] = [self._written[0][0].finish()]  # a thread would take longer to wake up than this takes
         else:
-            for _ in self._engine.workers.map(lambda writer: writer.finish(), self._written):
-                pass
+            remote = self._engine.workers.map(lambda item: item[0].finish(), self._written)
+        for (_, key), checksum in zip(self._written, remote, strict=True):
+            self._files[key] = replace(self._files[key], remote=checksum)
         self._written.clear()
 
     def _make_durable(self) -> tuple[Manifest, bytes]:
@@ -297,6 +297,7 @@ class Transaction:
         if self._sinks:
             names = ", ".join(sink.path for sink in self._sinks.values())
             raise UsageError(f"nothing was published: still open at the end of the transaction: {names}")
+        self._finish_written()
         manifest = Manifest(
             id=self.id,
             name=self._draft.name,
@@ -311,10 +312,12 @@ class Transaction:
         )
         data = encode(manifest)
         writer = self._engine.backend.open_writer(data_key(self.id, MANIFEST))
-        self._written.append(writer)
-        writer.write(0, memoryview(data))
-        # The order among them does not matter: all are durable before the record is created, and only that commits.
-        self._finish_written()
+        try:
+            writer.write(0, memoryview(data), 0)
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
         return manifest, data
 
     def _commit(self, manifest: Manifest, data: bytes) -> None:
@@ -354,7 +357,7 @@ class Transaction:
         """Drop everything: it is proven that this id was not and will not be committed. What fails here is collected by a later job."""
         for sink in self._sinks.values():
             sink.abort()
-        for writer in self._written:
+        for writer, _ in self._written:
             writer.abort()
         with suppress(CkptStoreError):
             self._engine.delete_data(self.id)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .checksum import combine, crc64nvme
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import CHUNK_LIMIT, FileEntry
-from .protocol import Backend, PartWriter
+from .protocol import Backend, Capabilities, PartWriter
 
 __all__ = ["FileSink", "VerifiedFile", "Workers", "damaged_ranges", "drain", "read_file"]
 
@@ -81,15 +81,15 @@ def drain(futures: Iterable[Future[Any]]) -> None:
 class FileSink:
     """A write-only file object that sends what it gets to a `PartWriter` in checked chunks.
 
-    Small writes are gathered into chunks of `chunk` bytes; a large one is cut and sent from the caller's own memory, and is done with
-    when `write` returns, because torch may free that memory then (a CUDA tensor's host copy, for one). Used by one thread.
+    Small writes are gathered into chunks of the storage's part size; a large one is cut and sent from the caller's own memory, and is
+    done with when `write` returns, because torch may free that memory then (a CUDA tensor's host copy, for one). Used by one thread.
     """
 
-    def __init__(self, path: str, writer: PartWriter, workers: Workers, chunk: int) -> None:
+    def __init__(self, path: str, writer: PartWriter, workers: Workers, storage: Capabilities) -> None:
         self.path = path
         self.writer = writer
         self._workers = workers
-        self._chunk = min(chunk, CHUNK_LIMIT)
+        self._storage = storage
         self._buffer = bytearray()
         self._offset = 0  # bytes handed on, without the buffer
         self._chunks: list[tuple[int, Future[int] | int]] = []
@@ -98,15 +98,33 @@ class FileSink:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of `data`. Raises what the storage raised, now or for earlier data."""
         view = memoryview(data).cast("B")
-        if len(view) >= self._chunk // 2:
-            self._send_buffer()
-            pieces = [self._send(view[i : i + self._chunk]) for i in range(0, len(view), self._chunk)]
-            self._settle(pieces)
+        if len(view) >= self._part() // 2:
+            self._write_large(view)
         else:
             self._buffer += view
-            if len(self._buffer) >= self._chunk:
+            if len(self._buffer) >= self._part():
                 self._send_buffer()
         return len(view)
+
+    def _write_large(self, view: memoryview) -> None:
+        start = 0
+        if self._buffer:
+            start = max(0, self._storage.min_part - len(self._buffer))  # no part but the last may be shorter
+            self._buffer += view[:start]
+            if len(self._buffer) >= self._storage.min_part:
+                self._send_buffer()
+        pieces = []
+        while len(view) - start >= max(1, self._storage.min_part):
+            piece = view[start : start + self._part()]
+            pieces.append(self._send(piece))
+            start += len(piece)
+        self._buffer += view[start:]
+        self._settle(pieces)
+
+    def _part(self) -> int:
+        """Return the size of the next part. Where their number is limited they grow: 10 000 from 5 MiB on make 5 TiB."""
+        growth = 1 + max(0, len(self._chunks) - 1000) // 36 if self._storage.max_parts else 1
+        return min(self._storage.part_size * growth, CHUNK_LIMIT)
 
     def flush(self) -> None:
         """Do nothing: durability comes with the commit."""
@@ -114,7 +132,7 @@ class FileSink:
     def close(self) -> FileEntry:
         """Send what is left and return the file's sizes and checksums. The file is not published yet."""
         if not self._chunks and self._buffer:  # one small chunk: not worth a thread
-            self._chunks.append((len(self._buffer), self._store(0, memoryview(self._buffer))))
+            self._chunks.append((len(self._buffer), self._store(0, memoryview(self._buffer), 0)))
             self._offset = len(self._buffer)
         else:
             self._send_buffer()
@@ -135,15 +153,15 @@ class FileSink:
             self._send(memoryview(full))
 
     def _send(self, piece: memoryview) -> Future[int]:
-        future = self._workers.submit(self._store, self._offset, piece)
+        future = self._workers.submit(self._store, self._offset, piece, len(self._chunks))
         self._chunks.append((len(piece), future))
         self._running.append(future)
         self._offset += len(piece)
         return future
 
-    def _store(self, offset: int, piece: memoryview) -> int:
+    def _store(self, offset: int, piece: memoryview, number: int) -> int:
         crc = crc64nvme(piece)
-        self.writer.write(offset, piece)
+        self.writer.write(offset, piece, number)
         return crc
 
     def _settle(self, futures: list[Future[int]]) -> None:

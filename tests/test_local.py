@@ -48,7 +48,7 @@ def _never_hang() -> Iterator[None]:
 
 def _write(backend: LocalBackend, key: str, data: bytes) -> None:
     writer = backend.open_writer(key)
-    writer.write(0, memoryview(data))
+    writer.write(0, memoryview(data), 0)
     writer.finish()
 
 
@@ -248,7 +248,7 @@ def test_full_disk(tmp_path: Path) -> None:
                 call()
         writer = backend.open_writer("data/x/state.pt")
         with pytest.raises(StorageFull) as caught:
-            writer.write(0, memoryview(bytes(2 << 20)))
+            writer.write(0, memoryview(bytes(2 << 20)), 0)
         assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "disk/store/data/x/state.pt"))
         with pytest.raises(BackendError, match="only abort may follow"):
             writer.finish()
@@ -357,7 +357,7 @@ def test_abort_does_not_close_the_file_under_a_writing_thread(
 
     def write() -> None:
         try:
-            writer.write(0, memoryview(b"x"))
+            writer.write(0, memoryview(b"x"), 0)
         except BaseException as exc:
             errors.append(exc)
 

@@ -21,7 +21,7 @@ backend = local.LocalBackend.open("store", {})
 atexit.register(lambda: print(json.dumps([result, [info.key for info in backend.list("")]])))
 def write(key):
     writer = backend.open_writer(key)
-    writer.write(0, memoryview(b"x" * 5000))
+    writer.write(0, memoryview(b"x" * 5000), 0)
     return writer
 def act(call):
     try: call()
@@ -210,12 +210,12 @@ def test_what_was_acknowledged_survives_a_power_cut(tmp_path: Path, keep_metadat
     with mounted(disk, "ext4", "loop,noauto_da_alloc", str(image)):
         backend = LocalBackend.open(str(disk / "runs" / "42"), {})
         writer = backend.open_writer("data/x/deep/state.pt")
-        writer.write(0, memoryview(b"s" * 100_000))
+        writer.write(0, memoryview(b"s" * 100_000), 0)
         writer.finish()
         backend.put_if_absent("log/1", b"r" * 5000)
         backend.replace("hint", b"h")
         unfinished = backend.open_writer("data/y/state.pt")
-        unfinished.write(0, memoryview(b"u" * 5000))
+        unfinished.write(0, memoryview(b"u" * 5000), 0)
         fd = os.open(disk, os.O_RDONLY)
         fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", 1 if keep_metadata else _NOTHING_FLUSHED))
         os.close(fd)

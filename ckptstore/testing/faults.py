@@ -131,13 +131,13 @@ class _FaultyWriter:
         self._backend = backend
         self._inner = inner
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, number: int) -> None:
         """See `PartWriter.write`."""
-        self._backend.run("writer.write", lambda: self._inner.write(offset, data))
+        self._backend.run("writer.write", lambda: self._inner.write(offset, data, number))
 
-    def finish(self) -> None:
+    def finish(self) -> str | None:
         """See `PartWriter.finish`."""
-        self._backend.run("writer.finish", self._inner.finish)
+        return self._backend.run("writer.finish", self._inner.finish)
 
     def abort(self) -> None:
         """See `PartWriter.abort`."""
