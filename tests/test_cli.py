@@ -22,8 +22,8 @@ import pytest
 import ckptstore
 from ckptstore import CheckpointNotFound, Store, UsageError, envelope
 from ckptstore.checkpoint import Checkpoint
-from ckptstore.errors import FallbackWarning
 from ckptstore.cli import _errors, _format, _main, main
+from ckptstore.errors import FallbackWarning
 from ckptstore.store import Store as StoreType
 
 CHUNK = 8 << 20
