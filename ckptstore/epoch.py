@@ -9,9 +9,20 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
-from .errors import BackendError, CkptStoreError, CommitUnknown, DamagedRecord, FallbackWarning, Fenced, NoAtomicCreate
+from .errors import (
+    AlreadyExists,
+    Ambiguous,
+    BackendError,
+    CkptStoreError,
+    CommitUnknown,
+    DamagedRecord,
+    FallbackWarning,
+    Fenced,
+    NoAtomicCreate,
+)
 from .log import Head, Log, new_op
 from .naming import DATA, epoch_of, id_of_key, is_id
 from .owner import default_owner
@@ -20,6 +31,7 @@ from .record import Record
 
 __all__ = ["Writer"]
 
+_PROBES = 4
 _PAST_OWNERS = 64
 """How many earlier owners a record remembers: late ranks of a fenced launch are told so, instead of fencing the newer job."""
 
@@ -36,6 +48,7 @@ class Writer:
         self._cooperate = cooperate
         self._single_writer = single_writer
         self._lock = threading.Lock()
+        self._probed = single_writer or not backend.capabilities.probe
         self._fenced: str | None = None
         self.epoch = epoch
         """The acquired epoch; None before, and always for a cooperating writer."""
@@ -181,3 +194,32 @@ class Writer:
                 f"{self._backend.url} has no create-if-absent, so two jobs could both believe they committed; "
                 "add single_writer=1 to the URL if you make sure that only one job ever writes"
             )
+        if not self._probed:
+            self._probe()
+            self._probed = True
+
+    def _probe(self) -> None:
+        """Create an object twice: a service that lets the second one pass ignores the condition that everything stands on.
+
+        Raises:
+            NoAtomicCreate
+        """
+        key, created = f"probe/{new_op()}", False
+        try:
+            for _ in range(_PROBES):
+                try:
+                    self._backend.put_if_absent(key, b"is create-if-absent obeyed here?\n")
+                except AlreadyExists:
+                    return
+                except Ambiguous:
+                    continue
+                if created:
+                    raise NoAtomicCreate(
+                        f"{self._backend.url} overwrites what it was asked to create only if absent, so two jobs could both believe "
+                        "they committed; add single_writer=1 to the URL if you make sure that only one job ever writes"
+                    )
+                created = True
+            raise BackendError(f"{self._backend.url} gave no answer that tells whether it obeys create-if-absent; try again")
+        finally:
+            with suppress(CkptStoreError):
+                self._backend.delete([key])

@@ -24,6 +24,7 @@ from .errors import (
     DamagedRecord,
     NewerFormat,
     NotFound,
+    Transient,
     Unreadable,
 )
 from .protocol import Backend
@@ -38,7 +39,8 @@ _ATTEMPTS = 4
 _WHOLE = 8
 """The newest slots are kept whole: they are what a damaged newest record falls back to."""
 _HINT_EVERY = 16
-"""A hint that is this many slots behind costs a reader four more probes; a hint with every commit would cost every save a rename."""
+"""A hint that is this many slots behind costs a reader four more probes; a hint with every commit would cost every save a rename. Over
+a network it is the other way round."""
 _SHRINK_ABOVE = 4096
 """Shrinking a record below one disk block frees nothing."""
 
@@ -81,6 +83,7 @@ class Log:
         self._lock = threading.RLock()
         self._head = Head(0, EMPTY)
         self._sizes: dict[int, tuple[int, str]] = {}  # slot -> (bytes, op) of records committed here and still whole
+        self._hint = (0, "")  # as last read: a slot, and the SHA-256 of its record
 
     def head(self) -> Head:
         """Return the newest state.
@@ -136,7 +139,7 @@ class Log:
                 if self._create(record.n, data, op):
                     self._head = Head(record.n, record, sha256(data))
                     self._sizes[record.n] = (len(data), op)
-                    self._tidy(record.n)
+                    self._tidy(record.n, self._head.digest)
                     return record
                 head = self.head()
                 if head.slot < record.n:
@@ -159,7 +162,7 @@ class Log:
     def _create(self, n: int, data: bytes, op: str) -> bool:
         """Create slot `n`. True: it is ours. False: somebody else's. CommitUnknown: nobody knows; other errors: it is not ours."""
         ambiguous: Ambiguous | None = None
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             try:
                 self._backend.put_if_absent(slot_key(n), data)
                 return True
@@ -167,6 +170,10 @@ class Log:
                 pass  # perhaps by an earlier attempt of ours whose answer was lost, or by a packet sent twice
             except Ambiguous as exc:
                 ambiguous = exc
+            except Transient:
+                if ambiguous is None and attempt == _ATTEMPTS - 1:
+                    raise
+                continue
             except BackendError:
                 if ambiguous is None:
                     raise
@@ -193,18 +200,38 @@ class Log:
 
     def _newest(self) -> int:
         known = self._head.slot
+        if not known and self._backend.capabilities.remote:
+            return self._listed()
         if self._taken(known + 1):
             known += 1
         elif known:
             return known
-        with suppress(NotFound, BackendError, ValueError):
-            hint = int(self._backend.get(_HINT, 64))
-            if known < hint < 10**12 and self._taken(hint):
-                known = hint
+        hint = self._read_hint()
+        if known < hint:
+            with suppress(BackendError):
+                known = hint if self._taken(hint) else known
         known = self._climb(known)
         while self._taken(known + 2):  # somebody has removed a record: what was committed after it counts all the same
             known = self._climb(known + 2)
         return known
+
+    def _listed(self) -> int:
+        """Find the newest slot by one listing of what came after the hint. What it does not show yet, the next commit will meet."""
+        hint = self._read_hint()
+        newest = 0
+        for info in self._backend.list(LOG, slot_key(hint - 1) if hint > 1 else ""):
+            slot = slot_of(info.key)
+            if slot is not None and info.key == slot_key(slot):
+                newest = slot
+        return newest or self._climb(0)
+
+    def _read_hint(self) -> int:
+        with suppress(NotFound, BackendError, ValueError):
+            slot, _, digest = self._backend.get(_HINT, 128).decode("ascii").partition(" ")
+            if 0 < int(slot) < 10**12:
+                self._hint = (int(slot), digest)
+                return int(slot)
+        return 0
 
     def _climb(self, known: int) -> int:
         """Return a slot from `known` on that is taken (or 0) and has a free one above it."""
@@ -241,10 +268,12 @@ class Log:
                 if self._taken(slot + 1):
                     return None
                 break
-            if not self._belongs(record):
+            digest = sha256(data)
+            # Who left the hint knew the record before it: that spares the look at it.
+            if self._hint not in ((n, digest), (n - 1, record.prev)) and not self._belongs(record):
                 damaged.append(f"commit record {n} does not continue commit record {n - 1}: it was put there from another store")
                 continue
-            return Head(slot, record, sha256(data), tuple(damaged))
+            return Head(slot, record, digest, tuple(damaged))
         if len(damaged) == slot:  # back to the beginning: the state before the first commit serves
             return Head(slot, EMPTY, None, tuple(damaged))
         raise DamagedRecord(f"none of the newest commit records can be read; newest first: {'; '.join(damaged)}")
@@ -271,11 +300,11 @@ class Log:
                 return record, sha256(data)
         return None
 
-    def _tidy(self, n: int) -> None:
+    def _tidy(self, n: int, digest: str | None) -> None:
         """After commit `n`: leave a hint, and shrink one old slot. Both may fail or be lost without harm."""
-        if n % _HINT_EVERY == 0:
+        if n % _HINT_EVERY == 0 or self._backend.capabilities.remote:
             with suppress(CkptStoreError):
-                self._backend.replace(_HINT, b"%d" % n)
+                self._backend.replace(_HINT, f"{n} {digest}".encode())
         old = n - _WHOLE
         if old < 1:
             return

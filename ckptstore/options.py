@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidOption
 from .retention import Retention
 from .url import unknown_option
 
-__all__ = ["STORE_OPTIONS", "split_options"]
+__all__ = ["STORE_OPTIONS", "Options", "split_options"]
 
 STORE_OPTIONS = {
     "keep_last": "keep the newest N saved under each name, or 'all' (default 2)",
@@ -17,13 +18,25 @@ STORE_OPTIONS = {
     "keep_best": "also keep the best N by best_metric",
     "best_metric": "the metric that keep_best compares",
     "best_mode": "'min' (default) if lower is better, 'max' if higher is",
+    "retry_seconds": "how long to repeat what a service over a network could not answer (default 120; 0: not at all)",
     "single_writer": "'1' allows storage without create-if-absent; you make sure that only one job ever writes",
 }
 """Options of every store: name -> one line of help. Backends add their own."""
 
 
-def split_options(given: Mapping[str, Any], backend_options: Mapping[str, str]) -> tuple[Retention, bool, dict[str, str]]:
-    """Sort options into retention, ``single_writer``, and those of the backend (as text).
+@dataclass(frozen=True)
+class Options:
+    """A store's options, sorted."""
+
+    retention: Retention
+    single_writer: bool
+    retry_seconds: float
+    backend: Mapping[str, str]
+    """What is left for the backend, as text."""
+
+
+def split_options(given: Mapping[str, Any], backend_options: Mapping[str, str]) -> Options:
+    """Sort and check options.
 
     Raises:
         InvalidOption: unknown, with the nearest match, or with a bad value.
@@ -39,7 +52,22 @@ def split_options(given: Mapping[str, Any], backend_options: Mapping[str, str]) 
     for name in rest:
         if name not in backend_options:
             raise unknown_option(name, {*STORE_OPTIONS, *backend_options})
-    return Retention(**rules), _flag("single_writer", given.get("single_writer", "0")), rest
+    return Options(
+        Retention(**rules),
+        _flag("single_writer", given.get("single_writer", "0")),
+        _seconds(given.get("retry_seconds", 120)),
+        rest,
+    )
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds <= 86400:
+        raise InvalidOption(f"retry_seconds must be a number from 0 to 86400, not {value!r:.100}")
+    return seconds
 
 
 def _number(name: str, value: Any) -> int:

@@ -75,6 +75,7 @@ class PartWriter(Protocol):
 
         Raises:
             AlreadyExists: the key is taken.
+            Transient: nobody knows, or it did not happen; `finish` may be called again, and then tells.
             BackendError: not durable, and MUST NOT be left visible; only `abort` may follow. A failed flush is final: never flush
                 the same file again and believe the answer.
             Ambiguous: not known to be durable, and it could not be taken away again either.

@@ -34,6 +34,7 @@ from .registry import backend_class
 from .retention import expired
 from .transaction import Draft, Transaction
 from .url import parse_url
+from .wrapper import SingleWriter
 
 __all__ = ["Store"]
 
@@ -66,13 +67,19 @@ class Store:
             raise UsageError("owner must be a text of 1 to 512 characters")
         parsed = parse_url(url)
         backend_type = backend_class(parsed.scheme)
-        given = {**parsed.options, **options}
-        self._retention, single_writer, rest = split_options(given, backend_type.options)
-        backend = backend_type.open(parsed.location, rest)
+        chosen = split_options({**parsed.options, **options}, backend_type.options)
+        self._retention = chosen.retention
+        backend = backend_type.open(parsed.location, chosen.backend)
+        if chosen.single_writer and (backend.capabilities.probe or not backend.capabilities.atomic_create):
+            backend = SingleWriter(backend)
+        if backend.capabilities.remote:
+            from .retry import Persistent
+
+            backend = Persistent(backend, chosen.retry_seconds)
         self._arguments = (url, acquire, options)
         self._engine = Engine(backend)
         self._writer = Writer(
-            backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=single_writer, epoch=epoch
+            backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=chosen.single_writer, epoch=epoch
         )
         self._acquired = epoch is not None
 

@@ -205,7 +205,7 @@ def test_the_hint_is_never_far_behind() -> None:
     log = Log(backend)
     for n in range(1, 100):
         log.commit(grow, new_op())
-        assert n - int(objects(backend).get(HINT, b"0")) < 16
+        assert n - int(objects(backend).get(HINT, b"0").split()[0]) < 16
 
 
 @pytest.mark.parametrize("method", ["replace", "get"])
@@ -247,7 +247,7 @@ def test_a_reader_far_behind_sees_slots_shrunk_under_it() -> None:
 
     faulty.get = get  # type: ignore[method-assign]
     head = reader.head()
-    assert reads == 5  # and one of the record before, which it must continue
+    assert reads == 4
     assert head.slot == head.record.n == len(slots(inner)) == 81
     assert head.damaged == ()
 

@@ -270,7 +270,8 @@ def test_url_and_keywords_mean_the_same(text: str, keywords: dict[str, Any]) -> 
 
 
 def test_two_are_kept_by_default() -> None:
-    rules, single_writer, rest = split_options({}, {})
+    chosen = split_options({}, {})
+    rules, single_writer, rest = chosen.retention, chosen.single_writer, chosen.backend
     assert (rules, single_writer, rest) == (Retention(keep_last=2), False, {})
 
 
