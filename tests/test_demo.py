@@ -75,15 +75,19 @@ def test_it_keeps_the_store_it_was_given_and_nothing_else(told: Told) -> None:
 
 def test_a_folder_in_use_is_left_alone(told: Told) -> None:
     before = sorted(told.store.rglob("*"))
-    for used in (told.store, told.store / "data", told.store / "log" / "hint"):
-        with pytest.raises(ckptstore.UsageError, match="in use"):
+    for used, message in (
+        (told.store, "in use"),
+        (told.store / "data", "in use"),
+        (told.store / "log" / "hint", "a file, not a"),
+    ):
+        with pytest.raises(ckptstore.CkptStoreError, match=message):
             run(Namespace(url=str(used)))
     assert sorted(told.store.rglob("*")) == before
 
 
-@pytest.mark.parametrize("url", ["memory://demo", "some/where?keep_last=3"])
-def test_what_it_cannot_damage_is_refused(url: str) -> None:
-    with pytest.raises(ckptstore.UsageError, match="local folder"):
+@pytest.mark.parametrize("url", ["memory://demo", "some/where?keep_last=1"])
+def test_where_the_story_cannot_be_told_is_refused(url: str) -> None:
+    with pytest.raises(ckptstore.UsageError, match="a folder or a bucket|keep_last"):
         run(Namespace(url=url))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
 import os
 import shlex
 import signal
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 from ..checkpoint import RNG_FILE, STATE_FILE
 from ..errors import CkptStoreError, UsageError
+from ..naming import DATA, data_key, id_of_key
 from ..store import Store
 from ..url import parse_url
 from ._demo_compare import Log, differences, fingerprint, order_problems
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "url",
         metavar="URL",
         nargs="?",
-        help="a new or empty local folder for the store, which is kept; without it a temporary one, removed at the end",
+        help="a new store, which is kept, such as my-demo or s3://bucket/my-demo; without it a temporary folder, removed at the end",
     )
 
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Show the whole story. Returns 0 if both runs ended the same in every bit, else 1.
 
     Raises:
-        UsageError: something the demo needs is missing, or `args.url` is no new or empty local folder; nothing was touched.
+        UsageError: something the demo needs is missing, or there is something at `args.url` already; nothing was touched.
         CkptStoreError: a training process ended by itself, or no kill landed inside a save.
     """
     if not all(importlib.util.find_spec(name) for name in ("numpy", "sklearn")):
@@ -65,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_unused(url: str) -> None:
     parsed = parse_url(url)
-    if parsed.scheme != "file" or parsed.options:
-        raise UsageError("the demo damages a file with its own hands: give it a local folder, without options")
-    folder = Path(parsed.location)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{url} is in use: give the demo a new or an empty folder, so that it cannot harm what is yours")
+    if parsed.scheme == "memory":
+        raise UsageError("memory:// ends with its process, and the demo's processes end often: give it a folder or a bucket")
+    if rules := [name for name in parsed.options if name.startswith("keep_")]:
+        raise UsageError(f"the story needs the default retention: leave out {', '.join(rules)}")
+    with Store(url, acquire=False) as store:
+        if next(store._engine.backend.list(""), None) is not None:
+            raise UsageError(f"{url} is in use: give the demo a new or an empty place, so that it cannot harm what is yours")
 
 
 class _Torn(NamedTuple):
@@ -91,7 +95,7 @@ class Story:
         self.reference_url = str(scratch / "reference")
         self.reference_log = scratch / "reference.log"
         self._digits = scratch / "digits.npz"
-        self._data = Path(parse_url(self.url).location, "data")
+        self._backend = Store(self.url, acquire=False)._engine.backend
 
     def tell(self) -> int:
         """Let it happen. Returns 0 if both runs ended the same in every bit, else 1."""
@@ -116,8 +120,8 @@ class Story:
         with self._training() as training:
             training.kill_when(lambda: self._last_step() > torn.step + SAVE_EVERY + 2)
         print(f"   Killed after step {self._last_step()}.")
-        collected = not (self._data / torn.id).exists()
-        _act("4  The newest checkpoint is damaged on the disk")
+        collected = next(self._backend.list(data_key(torn.id)), None) is None
+        _act("4  The newest checkpoint is damaged where it is stored")
         fallback = self._damage_newest()
         _act("5  Started again by the same command")
         with self._training() as training:
@@ -134,26 +138,24 @@ class Story:
         """Kill a new process in the middle of a save. Whether it was the middle shows afterwards, in what the store lists."""
         for step in range(5 * SAVE_EVERY, STEPS - 2 * SAVE_EVERY, SAVE_EVERY):
             with self._training() as training:
-                training.kill_when(partial(self._on_disk, step))
-            cut = self._on_disk(step)
+                training.kill_when(partial(self._stored, step))
+            cut = self._stored(step)
             with Store(self.url, acquire=False) as store:
                 newest = store.checkpoint("latest")
             if cut and newest.id != cut[0] and newest.step is not None:
-                print(
-                    f"   Killed while it saved step {step}: {cut[1] / 1e3:,.0f} of {newest.nbytes / 1e3:,.0f} kB were on the disk."
-                )
+                print(f"   Killed while it saved step {step}: {cut[1] / 1e3:,.0f} of {newest.nbytes / 1e3:,.0f} kB were stored.")
                 print(f"   Nobody will ever see this torn checkpoint: the newest in the store is that of step {newest.step}.")
                 return _Torn(cut[0], step, newest.step)
             print("   The kill came just after the save. Once more:")
         raise CkptStoreError("no kill landed inside a save: is the machine very busy? Run the demo again")
 
-    def _on_disk(self, step: int) -> tuple[str, int] | None:
-        """Return the id of the checkpoint of `step`, complete or not, and how many of its bytes are on the disk; None if there are none."""
-        with suppress(FileNotFoundError):  # files get their final names while we look
-            for place in self._data.glob(f"e*-s{step}-*"):
-                if size := sum(file.stat().st_size for file in place.iterdir()):
-                    return place.name, size
-        return None
+    def _stored(self, step: int) -> tuple[str, int] | None:
+        """Return the id of the checkpoint of `step`, complete or not, and how many of its bytes are stored; None if there are none."""
+        sizes: dict[str, int] = {}
+        for info in self._backend.list(DATA):
+            if f"-s{step}-" in info.key:
+                sizes[id_of_key(info.key)] = sizes.get(id_of_key(info.key), 0) + info.size
+        return next(((i, size) for i, size in sizes.items() if size), None)
 
     def _last_step(self) -> int:
         """Return the last step that was done, 0 before the first."""
@@ -166,16 +168,13 @@ class Story:
 
         with Store(self.url, acquire=False) as store:
             older, newest = store.checkpoints()[-2:]
-        path = self._data / newest.id / STATE_FILE
-        with open(path, "r+b") as file:
-            middle = newest.files[STATE_FILE] // 2
-            file.seek(middle)
-            byte = file.read(1)[0]
-            file.seek(middle)
-            file.write(bytes([byte ^ 0x40]))
+        key = data_key(newest.id, STATE_FILE)
+        data = bytearray(self._backend.get(key, newest.files[STATE_FILE]))
+        data[len(data) // 2] ^= 0x40
+        self._backend.replace(key, bytes(data))
         print(f"   One bit is flipped in the middle of {STATE_FILE} of step {newest.step}.")
         with suppress(Exception):
-            torch.load(path, weights_only=True)
+            torch.load(io.BytesIO(data), weights_only=True)
             print("   (Plain torch.load takes that file as if it were good.)")
         assert older.step is not None  # the training job gives every checkpoint one
         return older.step
@@ -211,7 +210,7 @@ class Story:
                     f"resumed from the newest good checkpoint: steps {began}",
                     [] if log.resumed[-2:] == resumed else [f"{log.resumed}"],
                 ),
-                _check("what the killed save left on the disk is gone", [] if collected else ["it is there"]),
+                _check("what the killed save left behind is gone", [] if collected else ["it is there"]),
             ]
         )
 
