@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -97,6 +98,7 @@ class Child:
             while True:
                 messages.append(self.recv())
         except EOFError:
+            select.select([self._pidfd], [], [], _ANSWER)  # its other descriptors may close after this socket
             self.close()
             return messages
 
