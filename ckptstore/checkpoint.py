@@ -11,14 +11,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .checksum import ALGORITHM
 from .engine import Engine
 from .envelope import JSON
-from .errors import AlreadyExists, Damaged, DamagedManifest, NotFound
+from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFound
 from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
 from .record import Entry
-from .transfer import VerifiedFile, damaged_ranges, read_file
+from .transfer import VerifiedFile, check_size, damaged_ranges, read_file
 
 __all__ = ["RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
 
@@ -154,6 +155,45 @@ class Checkpoint:
             self._engine.check_kept(self.id)
         self._engine.verdicts[self.id] = not found
         return found
+
+    def verify_remote(self) -> tuple[list[Damage], list[str]]:
+        """Compare the sizes and checksums that the service itself has recorded with what was committed, without reading the files.
+
+        Returns:
+            What is damaged, and the files of which only the size could be compared, because the service has no checksum that was noted
+            or can be computed from those in the manifest. A local folder has none at all.
+
+        Raises:
+            CheckpointNotFound: it has been pruned.
+        """
+        try:
+            manifest = self.manifest
+        except DamagedManifest as exc:
+            return [Damage(self.id, "", (), str(exc))], []
+        found: list[Damage] = []
+        sizes_only: list[str] = []
+        for entry, (damage, compared) in zip(
+            manifest.files, self._engine.workers.map(self._compare, manifest.files), strict=True
+        ):
+            if damage:
+                found.append(Damage(self.id, entry.path, ((0, entry.size),), damage))
+            elif not compared:
+                sizes_only.append(entry.path)
+        if found:
+            self._engine.check_kept(self.id)
+        return found, sizes_only
+
+    def _compare(self, entry: FileEntry) -> tuple[str, bool]:
+        """Return what is wrong with a file as far as the service knows, and whether its checksum could be compared."""
+        key = data_key(self.id, entry.key)
+        try:
+            recorded = check_size(self._engine.backend, key, entry).checksum
+        except DamagedFile as exc:
+            return str(exc), False
+        for ours in (f"{ALGORITHM}:{entry.crc:016x}", entry.remote):
+            if recorded and ours and recorded.partition(":")[0] == ours.partition(":")[0]:
+                return ("" if recorded == ours else f"the service recorded {recorded} for {entry.path} instead of {ours}"), True
+        return "", False
 
     def download(self, folder: str | os.PathLike[str]) -> Path:
         """Copy all files, checked, to `folder`, which is made if need be, and return its path. Durable on return.

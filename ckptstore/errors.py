@@ -29,7 +29,7 @@ Each one says what to do, and also subclasses the builtin that code which never 
     ├── NotSerializable (TypeError)           torch.save cannot write the object
     ├── StateMismatch (ValueError)            the state does not fit the objects it is restored into
     ├── Fenced                                a newer job owns the store; this one must stop
-    └── CommitUnknown                         the outcome could not be learnt; carries op_id and slot
+    └── CommitUnknown                         the outcome could not be learnt; carries its op_id
 """
 
 from __future__ import annotations
@@ -207,14 +207,13 @@ class Fenced(CkptStoreError):
 class CommitUnknown(CkptStoreError):
     """It could not be learnt whether the commit took effect. Its data is kept either way.
 
-    `op_id` and `slot` identify the operation; ``store.resolve(error)`` answers once the storage can be read again.
+    `op_id` identifies the operation, also in another process: ``store.resolve(op_id)`` answers once the storage can be read again.
     """
 
-    def __init__(self, message: str = "", op_id: str = "", slot: int = 0) -> None:
-        super().__init__(message, op_id, slot)
+    def __init__(self, message: str = "", op: str = "", slot: int = 0) -> None:
+        super().__init__(message, op, slot)
         self.message = message
-        self.op_id = op_id
-        self.slot = slot
+        self.op_id = f"{slot}-{op}"
 
     def __str__(self) -> str:
         return self.message

@@ -20,6 +20,7 @@ from .errors import (
     CommitUnknown,
     DamagedManifest,
     DamagedRecord,
+    InvalidURL,
     StateMismatch,
     StoreWarning,
     UsageError,
@@ -29,6 +30,7 @@ from .log import new_op
 from .lookup import existing, find, first_whole
 from .naming import check_name
 from .options import split_options
+from .restore import restore_newest
 from .record import Entry, Record
 from .registry import backend_class
 from .retention import expired
@@ -46,7 +48,7 @@ class Store:
 
     Args:
         url: a path or URL as text, with options after ``?`` ("runs/42?keep_last=3", "file:///data/run-42", "memory://name"); an
-            `os.PathLike` is taken literally.
+            `os.PathLike` is taken literally. None: the environment variable ``CKPTSTORE_URL``.
         acquire: True: before its first change, the store is acquired, so that no older job can change it any more (fencing). False: a
             cooperating writer beside the job that owns the store: it saves and tags in the current epoch and fences nobody.
         owner: who acquires; the same for all processes of one launch and new for every launch. Found out from torchrun's or Slurm's
@@ -57,7 +59,11 @@ class Store:
         InvalidURL, UnknownScheme, InvalidOption: nothing was touched. The storage is touched by the first method that needs it.
     """
 
-    def __init__(self, url: str | os.PathLike[str], *, acquire: bool = True, owner: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, url: str | os.PathLike[str] | None = None, *, acquire: bool = True, owner: str | None = None, **options: Any
+    ) -> None:
+        if url is None and not (url := os.environ.get("CKPTSTORE_URL")):
+            raise InvalidURL("which store? Give its path or URL, or set CKPTSTORE_URL")
         self._setup(url, acquire, owner, options, None)
 
     def _setup(
@@ -240,17 +246,25 @@ class Store:
         self._engine.deleted.update(head.record.retired)
         return garbage
 
-    def resolve(self, unknown: CommitUnknown) -> bool:
-        """Settle a `CommitUnknown`: True if the operation took effect, False if it did not and never will.
+    def resolve(self, unknown: CommitUnknown | str) -> bool:
+        """Settle a `CommitUnknown`, or its `op_id`: True if the operation took effect, False if it did not and never will.
 
         While its slot is free it could still arrive, so an empty commit takes the slot first.
+
+        Raises:
+            UsageError: not an `op_id`.
+            Fenced, CommitUnknown, DamagedRecord, BackendError: it cannot be told now.
         """
-        answer = self._engine.log.took_effect(unknown.op_id, unknown.slot)
+        number, _, op = (unknown.op_id if isinstance(unknown, CommitUnknown) else str(unknown)).partition("-")
+        if not (number.isascii() and number.isdigit() and len(number) <= 12 and op):
+            raise UsageError(f"{unknown!r:.100} is no CommitUnknown, and not the op_id of one")
+        slot = int(number)
+        answer = self._engine.log.took_effect(op, slot)
         if answer is None:
             self._writer.commit(lambda state: state, new_op())
-            answer = self._engine.log.took_effect(unknown.op_id, unknown.slot)
+            answer = self._engine.log.took_effect(op, slot)
         if answer is None:
-            raise DamagedRecord(f"slot {unknown.slot} is free although later ones are taken")
+            raise DamagedRecord(f"slot {slot} is free although later ones are taken")
         return answer
 
     # --- reading
@@ -310,27 +324,9 @@ class Store:
         if self._arguments[1]:
             self._acquire_first()
         self.acquire()  # also sees whether a newer job has come since
-        head = self._engine.head()
-        if not head.record.checkpoints:
-            if head.record.spared:
-                raise DamagedRecord(
-                    "the records that named this store's checkpoints are damaged or gone, and the data of these is still there: "
-                    f"{', '.join(head.record.spared)}; bring one back with tag(name, id), or delete them to start over"
-                )
+        checkpoint = restore_newest(self._engine, check_name(name), objects, sampler, map_location, weights_only, rng)
+        if checkpoint is None:
             return None
-        from . import rng as generators
-        from . import snapshot
-
-        def read(checkpoint: Checkpoint) -> tuple[Any, Any]:
-            state = checkpoint.load(map_location=map_location, weights_only=weights_only)
-            saved = checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
-            return state, saved
-
-        checkpoint, (state, saved_rng) = first_whole(self._engine, check_name(name), None, read)
-        self._restore_sampler(checkpoint, sampler)
-        snapshot.restore(objects, state)
-        if saved_rng is not None:
-            generators.restore(saved_rng)
         # Written down so that retention, anybody's, keeps what this job stands on.
         record = self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
         self._engine.committed(record)
@@ -403,16 +399,6 @@ class Store:
         self._setup(**state)
 
     # --- parts of the above
-
-    def _restore_sampler(self, checkpoint: Checkpoint, sampler: Any) -> None:
-        saved = checkpoint.sampler_state
-        if sampler is not None:
-            if saved is None:
-                raise StateMismatch(f"checkpoint {checkpoint.id} has no sampler state; save with sampler=, or resume without")
-            sampler.load_state_dict(saved)
-        elif saved is not None:
-            message = f"checkpoint {checkpoint.id} has a sampler state, but resume was given no sampler: samples may be repeated or skipped"
-            warnings.warn(message, StoreWarning, stacklevel=3)
 
     def _rescue(self, wanted: str) -> Entry | None:
         """Return an entry made from the manifest of data that a damaged record may have named, if `wanted` is that and it is whole."""

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from .checksum import combine, crc64nvme
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import CHUNK_LIMIT, FileEntry
-from .protocol import Backend, Capabilities, PartWriter
+from .protocol import Backend, Capabilities, ObjectInfo, PartWriter
 
-__all__ = ["FileSink", "VerifiedFile", "Workers", "damaged_ranges", "drain", "read_file"]
+__all__ = ["FileSink", "VerifiedFile", "Workers", "check_size", "damaged_ranges", "drain", "read_file"]
 
 _R = TypeVar("_R")
 
@@ -176,21 +176,22 @@ class FileSink:
         self._running = [f for f in self._running if f not in settled]
 
 
-def check_size(backend: Backend, key: str, entry: FileEntry) -> None:
-    """Compare the stored size with the manifest's, so that nothing is allocated on the manifest's word alone.
+def check_size(backend: Backend, key: str, entry: FileEntry) -> ObjectInfo:
+    """Compare the stored size with the manifest's, so that nothing is allocated on the manifest's word alone; return what is stored.
 
     Raises:
         DamagedFile: missing, of another size, or no file at all.
     """
     try:
-        size = backend.stat(key).size
+        found = backend.stat(key)
     except NotFound:
         raise DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)]) from None
     except Unreadable as exc:
         raise DamagedFile(f"{key} cannot be read: {exc}", entry.path, [(0, entry.size)]) from exc
-    if size != entry.size:
-        low, high = sorted((size, entry.size))
-        raise DamagedFile(f"{key} has {size} bytes instead of {entry.size}", entry.path, [(low, high)])
+    if found.size != entry.size:
+        low, high = sorted((found.size, entry.size))
+        raise DamagedFile(f"{key} has {found.size} bytes instead of {entry.size}", entry.path, [(low, high)])
+    return found
 
 
 def _spans(entry: FileEntry) -> Iterator[tuple[int, int, int]]:

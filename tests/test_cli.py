@@ -14,13 +14,16 @@ import sys
 import termios
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import new_memory, store_on
 
 import ckptstore
 from ckptstore import CheckpointNotFound, Store, UsageError, envelope
+from ckptstore.backends.memory import MemoryBackend
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.cli import _errors, _format, _main, main
 from ckptstore.errors import FallbackWarning
@@ -236,6 +239,19 @@ class TestShow:
         assert (status, "files" in out, err.count("\n")) == (1, True, 1)
 
 
+class TestWhichStore:
+    def test_the_environment_may_say(self, url: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        for words in (["ls"], ["verify"], ["show"], ["ls", "-"], ["show", "-", "latest"], ["gc"]):
+            monkeypatch.delenv("CKPTSTORE_URL", raising=False)
+            status, _, err = run(*words)
+            assert status == 2
+            assert "CKPTSTORE_URL" in err
+            monkeypatch.setenv("CKPTSTORE_URL", url)
+            assert run(*words)[0] == 0
+        assert run("tag", "-", "mine", "latest")[0] == 0
+        assert "mine" in Store(acquire=False).names()
+
+
 class TestVerify:
     def test_all_good(self, url: str, run: Any) -> None:
         status, out, err = run("verify", url)
@@ -266,6 +282,32 @@ class TestVerify:
             (big, "model.bin", [[CHUNK, 2 * CHUNK]]),
             (big, "tokenizer/vocab.txt", [[0, 5]]),
         ]
+
+    def test_remote_says_what_cannot_be_compared(self, url: str, run: Any) -> None:
+        status, out, err = run("verify", url, "--remote")
+        assert (status, err) == (0, "")
+        assert [line.split()[0] for line in out.splitlines()] == ["RESULT", "sizes", "sizes", "sizes", "3"]
+        assert "no checksum to compare" in out.splitlines()[-1]
+        (data(url, 10) / "model.bin").write_bytes(b"short")
+        (data(url, 20) / "model.bin").unlink()
+        status, out, _ = run("verify", url, "--remote", "--json")
+        document = json.loads(out)
+        assert status == 1
+        assert [c["result"] for c in document["checkpoints"]] == ["damaged", "damaged", "sizes"]
+        assert "instead of" in document["damage"][0]["reason"] and "missing" in document["damage"][1]["reason"]
+
+    def test_remote_compares_the_checksums_that_the_service_recorded(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = new_memory()
+        good = save(store_on(backend), 1)
+        bad = save(store_on(backend), 2)
+        crcs = {f"data/{c.id}/{f.key}": f"crc64nvme:{f.crc:016x}" for c in (good, bad) for f in c.manifest.files}
+        crcs[f"data/{bad.id}/model.bin"] = "crc64nvme:0123456789abcdef"
+        real = MemoryBackend.stat
+        monkeypatch.setattr(MemoryBackend, "stat", lambda self, key: replace(real(self, key), checksum=crcs.get(key)))
+        status, out, _ = run("verify", backend.url, "--remote")
+        assert status == 1
+        assert [line.split()[0] for line in out.splitlines()[1:3]] == ["whole", "damaged"]
+        assert out.splitlines()[-1] == "1 checkpoint damaged, 1 checkpoint whole"
 
     def test_only_what_was_asked_for(self, url: str, run: Any) -> None:
         flip(data(url, 10) / "model.bin", 0)
@@ -528,7 +570,7 @@ class TestStatusAndStreams:
             (["verfy", "{url}"], 2, "did you mean 'verify'?"),
             (["{url}", "ls"], 2, "the command comes first: ckptstore ls {url}"),
             (["{url}"], 2, "the commands are: ls, show, verify, tag, rm, gc, demo"),
-            (["ls"], 2, "URL; see 'ckptstore ls --help'"),
+            (["ls"], 2, "or set CKPTSTORE_URL"),
             (["ls", "{url}", "extra"], 2, "unrecognized arguments: extra"),
             (["verify", "{url}", "--step", "ten"], 2, "--step"),
             (["show", "{url}", "--step", "-1"], 2, "step must be a whole number"),

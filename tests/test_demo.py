@@ -87,7 +87,7 @@ def test_a_folder_in_use_is_left_alone(told: Told) -> None:
 
 @pytest.mark.parametrize("url", ["memory://demo", "some/where?keep_last=1"])
 def test_where_the_story_cannot_be_told_is_refused(url: str) -> None:
-    with pytest.raises(ckptstore.UsageError, match="a folder or a bucket|keep_last"):
+    with pytest.raises(ckptstore.UsageError, match=r"a folder or a bucket|keep_last"):
         run(Namespace(url=url))
 
 

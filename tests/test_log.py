@@ -332,7 +332,7 @@ def test_when_nobody_answers_the_outcome_is_unknown(lost: Fault) -> None:
     faulty.plan.append(Fault("get", 0, before=BackendError("cannot be read either")))
     with pytest.raises(CommitUnknown) as caught:
         log.commit(grow, "mine")
-    assert (caught.value.op_id, caught.value.slot) == ("mine", 4)
+    assert caught.value.op_id == "4-mine"
     assert faulty.calls["put_if_absent"] <= 4
     faulty.plan.clear()
     assert log.took_effect("mine", 4) is (True if lost.after else None)

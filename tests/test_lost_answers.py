@@ -318,7 +318,7 @@ def test_every_fault_at_every_call_and_the_same_job_goes_on(operation: Operation
             if answer is not None or isinstance(error, CkptStoreError | None):
                 assert operation.took_effect(state_of(job.storage)) == settled, "nothing changes its mind later"
             if isinstance(error, CommitUnknown):
-                assert job.store.resolve(error) == answer
+                assert job.store.resolve(error.op_id) == answer
             check_next_save(job.store, job)
             check_history(job, operation)
             job.store.close()

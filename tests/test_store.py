@@ -1358,3 +1358,11 @@ def test_an_acquisition_that_cannot_collect_is_one(backend: Backend) -> None:
             write(newer)
         write(last)
         assert litter not in folders(backend)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "-", "4-", "-mine", "４-mine", "9" * 13 + "-x", 7])
+def test_resolve_takes_only_what_an_error_carried(text: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save({"x": 1})
+    with pytest.raises(UsageError, match="op_id"):
+        store.resolve(text)

@@ -85,7 +85,6 @@ def handle_errors(store: ckptstore.Store) -> None:
         raise SystemExit(str(error)) from error
     except ckptstore.CommitUnknown as error:
         assert_type(error.op_id, str)
-        assert_type(error.slot, int)
     except ckptstore.DamagedFile as error:
         assert_type(error.ranges, tuple[tuple[int, int], ...])
 

@@ -32,7 +32,8 @@ exit status:
 _EXAMPLES = {
     "ls": "ckptstore ls runs/42\n  ckptstore ls runs/42 --json",
     "show": "ckptstore show runs/42\n  ckptstore show runs/42 best\n  ckptstore show runs/42 --step 1000",
-    "verify": "ckptstore verify runs/42\n  ckptstore verify runs/42 latest best\n  ckptstore verify runs/42 --step 1000",
+    "verify": "ckptstore verify runs/42\n  ckptstore verify runs/42 latest best\n  ckptstore verify runs/42 --step 1000\n"
+    "  ckptstore verify s3://my-bucket/run-42 --remote",
     "tag": "ckptstore tag runs/42 best latest\n  ckptstore tag runs/42 paper e1-s1000-0123456789ab",
     "rm": "ckptstore rm runs/42 best\n  ckptstore rm runs/42 e1-s1000-0123456789ab e1-s2000-ba9876543210",
     "gc": "ckptstore gc runs/42",
@@ -95,11 +96,20 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         return parser
     description = "\n".join([summary[0].upper() + summary[1:] + ".", *([_MORE[command]] if command in _MORE else [])])
     parser = _parser(prog, description, f"examples:\n  {_EXAMPLES[command]}\n\n{_EXIT}")
-    parser.add_argument("url", metavar="URL", help="path or URL of the store, such as runs/42")
+    may_be_left_out = "?" if command in ("ls", "show", "verify", "gc") else None
+    help_text = (
+        f"path or URL of the store, such as runs/42; '-'{' or nothing' if may_be_left_out else ''} stands for $CKPTSTORE_URL"
+    )
+    parser.add_argument("url", metavar="URL", nargs=may_be_left_out, default="-", help=help_text)
     if command == "show":
         parser.add_argument("target", metavar="NAME|ID", nargs="?", help="which checkpoint (default: latest)")
     elif command == "verify":
         parser.add_argument("targets", metavar="NAME|ID", nargs="*", help="which checkpoints (default: all)")
+        parser.add_argument(
+            "--remote",
+            action="store_true",
+            help="download nothing: compare the sizes and checksums that the service has recorded",
+        )
     elif command == "tag":
         parser.add_argument("name", metavar="NAME", help="the name to set: 1 to 128 of A-Z a-z 0-9 . _ -")
         parser.add_argument("target", metavar="TARGET", help="name or id of the checkpoint it shall point to")

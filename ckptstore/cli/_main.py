@@ -90,6 +90,6 @@ def _run(words: list[str], out: Output) -> int:
             raise UsageError("demo tells a story and has no --json")
         return _demo.run(args)
     out.as_json = args.json or "--json" in words[:start]
-    with Store(args.url, acquire=False) as store:
+    with Store(None if args.url == "-" else args.url, acquire=False) as store:
         out.document["store"] = store.url
         return _COMMANDS[command](args, store, out)

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
+_RESULTS = {
+    "damaged": "damaged",
+    "whole": "whole",
+    "sizes": "of the right size, of which this storage has no checksum to compare (leave out --remote to read every byte)",
+    "pruned": "pruned",
+}
+
 
 def verify(args: argparse.Namespace, store: Store, out: Output) -> int:
     """Read every byte of the checkpoints asked for, or of all, and report what is damaged."""
@@ -36,10 +43,10 @@ def verify(args: argparse.Namespace, store: Store, out: Output) -> int:
     header, *lines = _lines(head.record, entries)
     if entries:
         out.say(f"{'RESULT':<9}{header}")
-    with closing(_Bar(sum(e.nbytes for e in entries))) as bar:
+    with closing(_Bar(0 if args.remote else sum(e.nbytes for e in entries))) as bar:
         for entry, line in zip(entries, lines, strict=True):
             try:
-                result, damage = _examine(store, entry, bar)
+                result, damage = _compare(store, entry) if args.remote else _examine(store, entry, bar)
             except BackendError as exc:
                 if not found:
                     raise
@@ -79,6 +86,14 @@ def _examine(store: Store, entry: Entry, bar: _Bar) -> tuple[str, list[Damage]]:
     return "damaged" if damage else "whole", damage
 
 
+def _compare(store: Store, entry: Entry) -> tuple[str, list[Damage]]:
+    try:
+        damage, sizes_only = as_checkpoint(store, entry).verify_remote()
+    except CheckpointNotFound:
+        return "pruned", []
+    return "damaged" if damage else "sizes" if sizes_only else "whole", damage
+
+
 def _lines(state: Record, entries: list[Entry]) -> list[str]:
     rows: list[tuple[str, ...]] = [("ID", "STEP", "SIZE", "NAMES")]
     for e in entries:
@@ -100,9 +115,9 @@ def _report(out: Output, found: list[Damage], damage: list[Damage]) -> None:
 
 def _summary(store: Store, results: list[dict[str, object]], found: list[Damage]) -> str:
     parts = ["a commit record is damaged"] if any(not d.id for d in found) else []
-    for result in ("damaged", "whole", "pruned"):
+    for result, words in _RESULTS.items():
         if number := sum(r["result"] == result for r in results):
-            parts.append(f"{_format.plural(number, 'checkpoint')} {result}")
+            parts.append(f"{_format.plural(number, 'checkpoint')} {words}")
     return ", ".join(parts) or f"{store.url} holds no checkpoints: nothing to verify"
 
 
