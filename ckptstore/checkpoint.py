@@ -48,6 +48,8 @@ class Checkpoint:
         self._engine = engine
         self._entry = entry
         self._manifest = manifest
+        self.read_whole: set[str] = set()
+        """The files of which every byte was read here, and checked."""
 
     @property
     def id(self) -> str:
@@ -86,9 +88,11 @@ class Checkpoint:
         Raises:
             DamagedManifest: missing, or not the one that was committed.
         """
-        if self._manifest is None:
-            with self._damaged_or_pruned():
-                self._manifest = self._engine.manifest(self._entry)
+        return self._manifest or self._reread_manifest()
+
+    def _reread_manifest(self) -> Manifest:
+        with self._damaged_or_pruned():
+            self._manifest = self._engine.manifest(self._entry)
         return self._manifest
 
     @property
@@ -122,13 +126,17 @@ class Checkpoint:
         entry = self._file(file)
         with self._damaged_or_pruned():
             data = read_file(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
+        self.read_whole.add(file)
         return torchfile.load(data, map_location=map_location, weights_only=weights_only, name=f"{self.id}/{file}")
 
     def open(self, file: str) -> BinaryIO:
         """Open one file for reading (seekable, buffered). Bytes that fail their checksum raise `DamagedFile` instead of coming out."""
         entry = self._file(file)
         with self._damaged_or_pruned():
-            return io.BufferedReader(VerifiedFile(self._engine.backend, data_key(self.id, entry.key), entry), 1 << 20)
+            raw = VerifiedFile(
+                self._engine.backend, data_key(self.id, entry.key), entry, lambda: self._engine.check_kept(self.id)
+            )
+            return io.BufferedReader(raw, 1 << 20)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> list[Damage]:
         """Read every byte and compare it with what was committed; return what is damaged, an empty list if all is whole.
@@ -140,7 +148,7 @@ class Checkpoint:
             CheckpointNotFound: it has been pruned; what is missing then is no damage.
         """
         try:
-            manifest = self.manifest
+            manifest = self._reread_manifest()
         except DamagedManifest as exc:
             self._engine.verdicts[self.id] = False
             return [Damage(self.id, "", (), str(exc))]
@@ -167,7 +175,7 @@ class Checkpoint:
             CheckpointNotFound: it has been pruned.
         """
         try:
-            manifest = self.manifest
+            manifest = self._reread_manifest()
         except DamagedManifest as exc:
             return [Damage(self.id, "", (), str(exc))], []
         found: list[Damage] = []

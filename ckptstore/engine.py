@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 
 from .checksum import sha256
 from .errors import CheckpointNotFound, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
 from .log import Head, Log
 from .manifest import MANIFEST_LIMIT, Manifest, decode
-from .naming import MANIFEST, data_key
+from .naming import MANIFEST, data_key, id_of_key
 from .protocol import Backend
 from .record import Entry, Record
 from .transfer import Workers
@@ -33,6 +36,7 @@ class Engine:
         """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
         self._lock = threading.Lock()
         self._deletions: list[Future[None]] = []
+        self._pid = os.getpid()  # of the process that began them
         self._keys: dict[str, list[str]] = {}
         self._warned: set[str] = set()
 
@@ -98,6 +102,17 @@ class Engine:
         self.backend.delete(keys)
         self._keys.pop(checkpoint_id, None)
 
+    def delete_each(self, keys: Sequence[str]) -> None:
+        """Delete what can be deleted of `keys`, checkpoint by checkpoint, and then raise the first error there was."""
+        first: CkptStoreError | None = None
+        for _, group in groupby(keys, id_of_key):
+            try:
+                self.backend.delete(list(group))
+            except CkptStoreError as exc:
+                first = first or exc
+        if first is not None:
+            raise first
+
     def committed(self, record: Record) -> None:
         """Take note of a commit made here, and begin to delete what is retired, in the background: training need not wait for it.
 
@@ -109,6 +124,7 @@ class Engine:
                 self.verdicts.pop(checkpoint_id, None)  # on the record now; somebody else may judge anew
         ids = set(record.retired)
         with self._lock:
+            self._forget_parents()
             self.deleted.intersection_update(ids)  # the others are off the record
             if todo := sorted(ids - self.deleted):
                 self._deletions.append(self.workers.submit(self._delete_all, todo))
@@ -123,9 +139,13 @@ class Engine:
     def settle(self) -> None:
         """Wait for the deletions begun before: the next change starts from a quiet store, with the space they free."""
         with self._lock:
+            self._forget_parents()
             deletions, self._deletions = self._deletions, []
-        if self.workers.alive:
-            wait(deletions)  # what failed, for whatever reason, is still on the record
+        wait(deletions)  # what failed, for whatever reason, is still on the record
+
+    def _forget_parents(self) -> None:
+        if self._pid != os.getpid():  # a fork has our lists, but not the threads: what they were given never ends here
+            self._deletions, self._pid = [], os.getpid()
 
     def write_down(self, state: Record) -> Record:
         """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""

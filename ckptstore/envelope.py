@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -47,7 +48,14 @@ def unseal(data: bytes, what: str) -> dict[str, JSON]:
         raise Damaged(f"{what} is damaged: its bytes do not match its own checksum")
     try:
         value = json.loads(body, parse_constant=_refuse)
-    except (ValueError, RecursionError) as exc:
+    except RecursionError:
+        frame, depth = sys._getframe(), 0
+        while frame.f_back is not None:
+            frame, depth = frame.f_back, depth + 1
+        if depth > sys.getrecursionlimit() // 2:
+            raise  # it is the caller who is deep, so this says nothing about the bytes
+        raise Damaged(f"{what} is nested too deeply") from None
+    except ValueError as exc:
         raise Damaged(f"{what} is not JSON: {type(exc).__name__}") from None
     version = value.get("format") if isinstance(value, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:

@@ -45,9 +45,10 @@ class Writer:
         self._backend = backend
         self._log = log
         self._owner = owner
-        self._cooperate = cooperate
+        self.cooperates = cooperate
+        """Whether it commits in whatever epoch is current."""
         self._single_writer = single_writer
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of a signal that came meanwhile may want to save
         self._probed = single_writer or not backend.capabilities.probe
         self._fenced: str | None = None
         self.epoch = epoch
@@ -113,7 +114,7 @@ class Writer:
             Fenced: a newer job has acquired the store.
             BackendError: also when the outcome of the acquisition is unknown. That of the change is not, and must not be confused with it.
         """
-        if not self._cooperate:
+        if not self.cooperates:
             if self.epoch is not None:
                 return self._own_epoch()
             try:
@@ -146,7 +147,7 @@ class Writer:
             # Only a save builds on the newest state known here and lets the log correct it: it never gives up because of what it sees.
             # Others would: a name that is not there, nothing to prune, while the log has gone on, or belongs to another job.
             self._log.head()
-        if not self._cooperate:
+        if not self.cooperates:
             epoch = self.begin()
 
         def fenced_change(head: Head) -> Record | None:
@@ -177,9 +178,9 @@ class Writer:
                 f"{head.damaged[0]}. Nothing was changed; the next job that resumes or acquires the store passes it over"
             )
         state = head.record
-        if epoch is None or (state.epoch == epoch and (self._cooperate or state.owner == self.owner)):
+        if epoch is None or (state.epoch == epoch and (self.cooperates or state.owner == self.owner)):
             return
-        if self._cooperate:
+        if self.cooperates:
             raise Fenced(
                 f"{state.owner} acquired the store while this was being written, and may have collected the data; save again"
             )

@@ -208,12 +208,14 @@ class CommitUnknown(CkptStoreError):
     """It could not be learnt whether the commit took effect. Its data is kept either way.
 
     `op_id` identifies the operation, also in another process: ``store.resolve(op_id)`` answers once the storage can be read again.
+    `durable` is False if it is visible, but the storage refused to confirm that it is on disk: save once more, on a better disk.
     """
 
-    def __init__(self, message: str = "", op: str = "", slot: int = 0) -> None:
-        super().__init__(message, op, slot)
+    def __init__(self, message: str = "", op: str = "", slot: int = 0, durable: bool = True) -> None:
+        super().__init__(message, op, slot, durable)
         self.message = message
-        self.op_id = f"{slot}-{op}"
+        self.op_id = f"{slot}-{op}{'' if durable else '-unconfirmed'}"
+        self.durable = durable
 
     def __str__(self) -> str:
         return self.message

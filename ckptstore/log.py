@@ -24,7 +24,6 @@ from .errors import (
     DamagedRecord,
     NewerFormat,
     NotFound,
-    Transient,
     Unreadable,
 )
 from .protocol import Backend
@@ -95,7 +94,7 @@ class Log:
         with self._lock:
             while True:
                 slot = self._newest()
-                if slot == self._head.slot:
+                if slot == self._head.slot and not self._head.damaged:  # what could not be read may be readable now
                     return self._head
                 head = self._read_back_from(slot)
                 if head is not None:
@@ -162,7 +161,7 @@ class Log:
     def _create(self, n: int, data: bytes, op: str) -> bool:
         """Create slot `n`. True: it is ours. False: somebody else's. CommitUnknown: nobody knows; other errors: it is not ours."""
         ambiguous: Ambiguous | None = None
-        for attempt in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             try:
                 self._backend.put_if_absent(slot_key(n), data)
                 return True
@@ -170,14 +169,13 @@ class Log:
                 pass  # perhaps by an earlier attempt of ours whose answer was lost, or by a packet sent twice
             except Ambiguous as exc:
                 ambiguous = exc
-            except Transient:
-                if ambiguous is None and attempt == _ATTEMPTS - 1:
-                    raise
-                continue
             except BackendError:
-                if ambiguous is None:
-                    raise
-                continue  # this attempt failed for sure, but an earlier one is still open
+                if ambiguous is not None:
+                    continue  # this attempt failed for sure, but an earlier one is still open
+                with suppress(CkptStoreError):
+                    if self.took_effect(op, n) is False:  # lost all the same, and then perhaps our leftovers to somebody's gc
+                        return False
+                raise
             try:
                 taken = self.took_effect(op, n)
             except NewerFormat:
@@ -193,7 +191,7 @@ class Log:
             if taken and ambiguous is not None and not ambiguous.durable:
                 # Flushing again and believing the answer is how fsync errors get lost; only a human can judge this disk.
                 message = f"commit {n} is visible, but the storage did not confirm that it is durable: {ambiguous}"
-                raise CommitUnknown(message, op, n) from ambiguous
+                raise CommitUnknown(message, op, n, durable=False) from ambiguous
             if taken:
                 return True
         raise CommitUnknown(f"no answer whether commit {n} took effect: {ambiguous}", op, n) from ambiguous

@@ -93,7 +93,8 @@ def first_whole(engine: Engine, target: str | None, step: int | None, read: Call
                 engine.verdicts[entry.id] = False
                 damage = exc
                 continue
-            engine.verdicts[entry.id] = True
+            if checkpoint.read_whole.issuperset(checkpoint.files):
+                engine.verdicts[entry.id] = True
             return checkpoint, result
         else:
             assert damage is not None  # the loop ran at least once

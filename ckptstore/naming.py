@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import secrets
 
@@ -50,7 +51,11 @@ def check_step(step: object) -> int | None:
     """
     if step is None:
         return None
-    if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= (number := step.__index__()) < 10**18:
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]  # what is none raises TypeError
+    except (TypeError, ValueError, RuntimeError):  # also a float tensor, or one of several elements
+        number = -1
+    if not 0 <= number < 10**18:
         raise InvalidName(f"step must be a whole number from 0 on, not {step!r:.100}")
     return int(number)
 

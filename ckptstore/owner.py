@@ -16,7 +16,8 @@ __all__ = ["default_owner"]
 def default_owner(environ: Mapping[str, str] = os.environ) -> str:
     """Return the owner of this process.
 
-    - Under torchrun: its run id and restart count (``TORCHELASTIC_RUN_ID``, ``TORCHELASTIC_RESTART_COUNT``). Without ``--rdzv-id`` the
+    - Under torchrun: its run id and restart count (``TORCHELASTIC_RUN_ID``, ``TORCHELASTIC_RESTART_COUNT``), and Slurm's if it runs
+      in a Slurm job: each launch needs an ``--rdzv-id`` of its own, but that of a requeued job may stay. Without ``--rdzv-id`` the
       run id is the word "none"; on one node the launcher's process then stands for the launch.
     - Under Slurm: job id, step id and restart count (``SLURM_JOB_ID``, ``SLURM_STEP_ID``, ``SLURM_RESTART_COUNT``).
     - Else host, process id and random digits: a launch of its own.
@@ -28,7 +29,9 @@ def default_owner(environ: Mapping[str, str] = os.environ) -> str:
     if restart is not None:
         run = environ.get("TORCHELASTIC_RUN_ID", "none")
         if run not in ("", "none"):
-            return f"torchrun:{run}:{restart}"[:512]
+            # A run id made from the job's id comes again when the job is requeued, and the restarts are counted anew.
+            slurm = [environ[n] for n in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT") if n in environ]
+            return ":".join(["torchrun", run, restart, *slurm])[:512]
         if environ.get("LOCAL_WORLD_SIZE") == environ.get("WORLD_SIZE"):
             launcher = os.getppid()
             return f"torchrun:{socket.gethostname()}:{launcher}:{_start_time(launcher)}:{restart}"[:512]

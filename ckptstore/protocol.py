@@ -111,8 +111,8 @@ class Backend(Protocol):
 
         Raises:
             AlreadyExists: the key is taken, perhaps by this very call sent twice.
-            Ambiguous: it may or may not have taken effect.
-            BackendError: it did not take effect, and never will.
+            Ambiguous: it may or may not have taken effect: any lost answer, unlike with the other methods.
+            BackendError, Transient: it did not take effect, and never will.
         """
 
     def replace(self, key: str, data: bytes) -> None:

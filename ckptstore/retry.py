@@ -59,7 +59,7 @@ class _Gate:
 class Persistent(Wrapper):
     """Repeats each call that raised `Transient`, with growing random waits, for at most `seconds`; then the last error is raised.
 
-    `put_if_absent` alone is never repeated here: only the log can tell what became of it. Thread-safe.
+    A `put_if_absent` whose answer was lost is not repeated here: only the log can tell what became of it. Thread-safe.
     """
 
     def __init__(self, inner: Backend, seconds: float) -> None:
@@ -83,13 +83,15 @@ class Persistent(Wrapper):
         )(through)
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """See `Backend.put_if_absent`. After one that was not answered it waits, because the log will ask, and perhaps send, again."""
+        """See `Backend.put_if_absent`. Repeated only while it provably did not take effect.
+
+        After one that was not answered it waits, because the log will ask what became of it, and perhaps send it again.
+        """
         try:
-            with self._gate.passed():
-                self.inner.put_if_absent(key, data)
-        except (Ambiguous, Transient):
+            self.again(lambda: self.inner.put_if_absent(key, data))
+        except Ambiguous:
             if self._seconds:
-                time.sleep(random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._unanswered)))
+                time.sleep(random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 4**self._unanswered)))
             self._unanswered += 1
             raise
         self._unanswered = 0

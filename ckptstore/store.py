@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .checkpoint import RNG_FILE, STATE_FILE, Checkpoint, Damage
+from .checkpoint import STATE_FILE, Checkpoint, Damage
 from .engine import Engine
 from .envelope import JSON
 from .epoch import Writer
@@ -21,8 +21,6 @@ from .errors import (
     DamagedManifest,
     DamagedRecord,
     InvalidURL,
-    StateMismatch,
-    StoreWarning,
     UsageError,
 )
 from .gc import Garbage, find_garbage, unfinished_records
@@ -30,9 +28,9 @@ from .log import new_op
 from .lookup import existing, find, first_whole
 from .naming import check_name
 from .options import split_options
-from .restore import restore_newest
 from .record import Entry, Record
 from .registry import backend_class
+from .restore import restore_newest
 from .retention import expired
 from .transaction import Draft, Transaction
 from .url import parse_url
@@ -82,6 +80,8 @@ class Store:
             from .retry import Persistent
 
             backend = Persistent(backend, chosen.retry_seconds)
+        if parsed.scheme == "file":  # a pickled store shall find the same folder from another current one
+            url, options = Path(os.path.abspath(parsed.location)), {**parsed.options, **options}
         self._arguments = (url, acquire, options)
         self._engine = Engine(backend)
         self._writer = Writer(
@@ -162,7 +162,7 @@ class Store:
             with suppress(CkptStoreError):  # acquired it is all the same; a later job, or gc, collects what stays
                 head = self._engine.log.head()
                 if head.slot > 1:
-                    self._engine.backend.delete(find_garbage(self._engine.backend, head).keys)
+                    self._engine.delete_each(find_garbage(self._engine.backend, head).keys)
 
     def tag(self, name: str, target: str | Checkpoint) -> Checkpoint:
         """Let `name` point to a checkpoint, which retention then never removes. `target` is a name, an id or a `Checkpoint`.
@@ -242,7 +242,7 @@ class Store:
         self._engine.settle()
         head = self._engine.log.head()
         garbage = find_garbage(self._engine.backend, head)
-        self._engine.backend.delete([*garbage.keys, *unfinished_records(self._engine.backend, head)])
+        self._engine.delete_each([*garbage.keys, *unfinished_records(self._engine.backend, head)])
         self._engine.deleted.update(head.record.retired)
         return garbage
 
@@ -255,16 +255,20 @@ class Store:
             UsageError: not an `op_id`.
             Fenced, CommitUnknown, DamagedRecord, BackendError: it cannot be told now.
         """
-        number, _, op = (unknown.op_id if isinstance(unknown, CommitUnknown) else str(unknown)).partition("-")
-        if not (number.isascii() and number.isdigit() and len(number) <= 12 and op):
+        parts = (unknown.op_id if isinstance(unknown, CommitUnknown) else str(unknown)).split("-")
+        if len(parts) not in (2, 3) or not (parts[0].isascii() and parts[0].isdigit() and len(parts[0]) <= 12 and parts[1]):
             raise UsageError(f"{unknown!r:.100} is no CommitUnknown, and not the op_id of one")
-        slot = int(number)
+        slot, op = int(parts[0]), parts[1]
         answer = self._engine.log.took_effect(op, slot)
-        if answer is None:
+        if answer is None and slot == self._engine.log.head().slot + 1:
             self._writer.commit(lambda state: state, new_op())
             answer = self._engine.log.took_effect(op, slot)
         if answer is None:
-            raise DamagedRecord(f"slot {slot} is free although later ones are taken")
+            raise DamagedRecord(f"commit record {slot} is not there, although it should be by now; is this the right store?")
+        if answer and parts[2:]:
+            raise CommitUnknown(
+                f"commit {slot} is visible, but was never confirmed to be durable; save once more", op, slot, False
+            )
         return answer
 
     # --- reading

@@ -34,8 +34,8 @@ __all__ = ["Draft", "Transaction", "TransactionFile"]
 
 _SMALL = 1 << 20
 """Bytes up to which two files are made durable one after the other."""
-_OPEN_FILES = 64
-"""Files written but not yet made durable: they are finished together, in parallel, but each holds a descriptor until then."""
+_OPEN_FILES = 16
+"""Files written but not yet made durable: they are finished together, in parallel, but each holds descriptors until then."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,8 @@ class Transaction:
 
     def add_file(self, path: str, source: str | os.PathLike[str]) -> None:
         """Copy the file `source` into the checkpoint as `path`. A symbolic link is followed; anything but a regular file is refused."""
+        if "\0" in os.fsdecode(source):
+            raise UsageError(f"{os.fsdecode(source)!r:.200} is not a path: it contains NUL")
         with mapped_errors("read", os.fspath(source), absent=True):
             # Never blocks on a FIFO, and looks at what was opened, not at what was there before.
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -334,7 +336,10 @@ class Transaction:
         def publish(state: Record) -> Record:
             state = self._engine.write_down(state)
             state = replace(state, checkpoints=(*state.checkpoints, entry), names={**state.names, entry.name: entry.id})
-            return state.without(expired(state, self._retention))
+            gone = expired(state, self._retention)
+            if self._writer.cooperates:  # beside the job that owns the store: its rules are not for that job's checkpoints
+                gone = {e.id for e in state.checkpoints if e.id in gone and e.name == entry.name}
+            return state.without(gone)
 
         keys = [data_key(self.id, f.key) for f in manifest.files] + [data_key(self.id, MANIFEST)]
         self._engine.remember_keys(self.id, keys)

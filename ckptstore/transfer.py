@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -36,7 +37,14 @@ class Workers:
         with self._lock:
             if self._pool is None or self._pid != os.getpid():
                 self._pool, self._pid = ThreadPoolExecutor(self.count, "ckptstore"), os.getpid()
-            return self._pool.submit(call, *args)
+            with suppress(RuntimeError):  # no thread can be had: at the interpreter's exit, or at a limit of processes
+                return self._pool.submit(call, *args)
+        done: Future[_R] = Future()
+        try:
+            done.set_result(call(*args))
+        except Exception as exc:
+            done.set_exception(exc)
+        return done
 
     @property
     def alive(self) -> bool:
@@ -49,7 +57,8 @@ class Workers:
         ahead = [self.submit(call, item) for item in islice(items, 2 * self.count)]
         try:
             while ahead:
-                result = ahead.pop(0).result()
+                result = ahead[0].result()
+                del ahead[0]
                 ahead += [self.submit(call, item) for item in islice(items, 1)]
                 yield result
         finally:
@@ -58,9 +67,9 @@ class Workers:
     def close(self) -> None:
         """End the threads. Idempotent."""
         with self._lock:
-            if self._pool is not None and self._pid == os.getpid():
-                self._pool.shutdown()
-            self._pool = None
+            pool, self._pool = self._pool if self.alive else None, None
+        if pool is not None:
+            pool.shutdown()  # not under the lock, which the work that it waits for may want
 
 
 def drain(futures: Iterable[Future[Any]]) -> None:
@@ -97,7 +106,10 @@ class FileSink:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of `data`. Raises what the storage raised, now or for earlier data."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.nbytes:  # nothing, of whatever shape
+            return 0
+        view = view.cast("B")
         if len(view) >= self._part() // 2:
             self._write_large(view)
         else:
@@ -287,9 +299,10 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class VerifiedFile(io.RawIOBase):
     """A read-only, seekable file object over one stored file. Only checked bytes come out; holds one chunk in memory."""
 
-    def __init__(self, backend: Backend, key: str, entry: FileEntry) -> None:
+    def __init__(self, backend: Backend, key: str, entry: FileEntry, check_kept: Callable[[], object] = lambda: None) -> None:
         check_size(backend, key, entry)
         self._source = (backend, key, entry)
+        self._check_kept = check_kept
         self._starts = [offset for offset, _, _ in _spans(entry)]
         self._position = 0
         self._chunk = (0, memoryview(b""))  # (offset, its bytes)
@@ -318,7 +331,11 @@ class VerifiedFile(io.RawIOBase):
             index = bisect_right(self._starts, self._position) - 1
             start, (length, crc) = self._starts[index], entry.chunks[index]
             chunk = memoryview(bytearray(length))
-            read_chunk(backend, key, entry, start, crc, chunk)
+            try:
+                read_chunk(backend, key, entry, start, crc, chunk)
+            except DamagedFile:
+                self._check_kept()  # pruned meanwhile is no damage
+                raise
             self._chunk = (start, chunk)
         piece = chunk[self._position - start :][: len(view)]
         view[: len(piece)] = piece

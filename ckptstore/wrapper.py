@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from .errors import AlreadyExists, InvalidURL, NotFound
+from .errors import AlreadyExists, Ambiguous, InvalidURL, NotFound, Transient
 from .protocol import Backend, ObjectInfo, PartWriter
 
 __all__ = ["SingleWriter", "Wrapper"]
@@ -75,6 +75,9 @@ class SingleWriter(Wrapper):
         try:
             self.inner.stat(key)
         except NotFound:
-            self.inner.replace(key, data)
+            try:
+                self.inner.replace(key, data)
+            except Transient as exc:  # harmless to repeat, so it does not say whether it took effect
+                raise Ambiguous(*exc.args) from exc
             return
         raise AlreadyExists(f"{key} exists already, and was left as it is")

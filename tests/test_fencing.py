@@ -218,7 +218,10 @@ def test_stopped_at_any_moment(tmp_path: Path, warm: Nursery, rounds: int) -> No
 def test_owner_of_a_torchrun_launch() -> None:
     rank = {"TORCHELASTIC_RUN_ID": "run-7", "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
     owner = default_owner({**rank, "RANK": "0"})
-    assert owner == default_owner({**rank, "RANK": "15", "SLURM_JOB_ID": "1", "SLURM_PROCID": "3"})
+    assert owner == default_owner({**rank, "RANK": "15"})
+    job = {**rank, "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}
+    assert default_owner(job) == default_owner({**job, "SLURM_PROCID": "3"})
+    assert default_owner(job) != default_owner({**job, "SLURM_RESTART_COUNT": "1"})  # requeued: torchrun counts from 0 again
     assert owner != default_owner({**rank, "TORCHELASTIC_RESTART_COUNT": "1"})
     assert owner != default_owner({**rank, "TORCHELASTIC_RUN_ID": "run-8"})
 

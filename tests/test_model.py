@@ -200,7 +200,10 @@ class StoreMachine(RuleBasedStateMachine):
             metrics = {} if loss is None else {"loss": loss}
             entry = Entry(id=new, step=step, name=name, created=0.0, nbytes=0, manifest="", metrics=metrics)
             state = replace(state, checkpoints=(*state.checkpoints, entry), names={**state.names, name: new})
-            return self.pruned(state, actor.rules)
+            gone = {e.id for e in state.checkpoints} - {e.id for e in self.pruned(state, actor.rules).checkpoints}
+            if actor.cooperates:  # its rules are for what it saves itself
+                gone = {e.id for e in state.checkpoints if e.id in gone and e.name == name}
+            return self.without(state, gone)
 
         return after
 

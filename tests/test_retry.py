@@ -118,7 +118,7 @@ def test_a_commit_outlives_a_few_lost_answers(error: BackendError, when: str) ->
 def test_a_commit_that_never_got_there_is_told_so_and_its_data_goes() -> None:
     inner = new_memory()
     backend = far_away(inner)
-    store = store_on(backend)
+    store = store_on(backend, retry_seconds=0.05)
     kept = write(store)
     backend.plan.append(Fault("put_if_absent", 0, before=Transient("nothing listens there")))
     with pytest.raises(Transient):
