@@ -126,8 +126,11 @@ class Engine:
         with self._lock:
             self._forget_parents()
             self.deleted.intersection_update(ids)  # the others are off the record
-            if todo := sorted(ids - self.deleted):
-                self._deletions.append(self.workers.submit(self._delete_all, todo))
+            todo = sorted(ids - self.deleted)
+        if todo:
+            deletion = self.workers.submit(self._delete_all, todo)  # at worst done at once, and needs the lock
+            with self._lock:
+                self._deletions.append(deletion)
 
     def _delete_all(self, ids: list[str]) -> None:
         for checkpoint_id in ids:
