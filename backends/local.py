@@ -335,7 +335,8 @@ class _LocalWriter:
     def write(self, offset: int, data: memoryview, number: int) -> None:
         """See `PartWriter.write`."""
         with self._lock:
-            self._require_open()
+            if self._state != "failed":  # parts in other threads say themselves what is wrong with the disk
+                self._require_open()
             self._writing += 1
         try:
             with mapped_errors("write", self._new.path):
