@@ -216,9 +216,9 @@ def live_and_die(warm: Nursery, ledger: Ledger, disk: Disk, seed: int, at: int, 
 @pytest.mark.parametrize(
     ("kind", "mode", "stride"),
     [
-        pytest.param("ext4", NOTHING_FLUSHED, 19, id="ext4-sampled"),
-        pytest.param("xfs", NOTHING_FLUSHED, 19, id="xfs-sampled"),
-        pytest.param("btrfs", 0, 19, id="btrfs-sampled"),
+        pytest.param("ext4", NOTHING_FLUSHED, 29, id="ext4-sampled"),
+        pytest.param("xfs", NOTHING_FLUSHED, 29, id="xfs-sampled"),
+        pytest.param("btrfs", 0, 29, id="btrfs-sampled"),
         pytest.param("ext4", NOTHING_FLUSHED, 1, id="ext4", marks=pytest.mark.soak),
         pytest.param("ext4", LOG_FLUSHED, 1, id="ext4-log", marks=pytest.mark.soak),
         pytest.param("xfs", NOTHING_FLUSHED, 1, id="xfs", marks=pytest.mark.soak),
@@ -259,7 +259,7 @@ def go_on(url: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
-@pytest.mark.parametrize("cuts", [25, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("cuts", [20, pytest.param(1000, marks=pytest.mark.soak)])
 def test_many_power_cuts_of_one_disk(ram: Path, warm: Nursery, kind: str, cuts: int) -> None:
     rng = random.Random(f"{kind} 20261123")
     disk = Disk.new(kind, ram / "disk")
@@ -355,7 +355,7 @@ def settle_in(grown: Path, disk: Path) -> Ledger:
 
 
 @SMALL
-@pytest.mark.parametrize("stride", [pytest.param(9, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [pytest.param(13, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
 def test_disk_full_at_any_step(ram: Path, grown: Path, kind: str, stride: int) -> None:
     refused = 0
     for at in count(1, stride):
@@ -446,7 +446,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
 # -- disks that fail
 
 
-@pytest.mark.parametrize("stride", [pytest.param(9, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("stride", [pytest.param(13, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
 def test_disk_turns_read_only_at_any_step(ram: Path, grown: Path, stride: int) -> None:
     """As ext4 does when it meets an error: what was not flushed by then is lost, and the process lives on."""
     start = Disk.new("ext4", ram / "start")
@@ -467,7 +467,11 @@ def test_disk_turns_read_only_at_any_step(ram: Path, grown: Path, stride: int) -
             with Store(place(folder)) as store:
                 for name, error in errors:
                     if name and isinstance(error, CommitUnknown):
-                        assert store.resolve(error) == (ledger.names != before)
+                        try:
+                            assert store.resolve(error) == (ledger.names != before)
+                        except CommitUnknown:  # it is there, and no flush of it ever succeeded: only saving again makes sure
+                            assert error.durable is False
+                            assert ledger.names != before
             go_on(place(folder))
         met |= {type(error) for _, error in errors}
         if not steps.struck:
