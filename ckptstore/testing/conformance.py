@@ -12,6 +12,7 @@ Durability cannot be seen from inside a process: cut the power, or trace the sys
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import TypeVar
 
 import pytest
 
+from ..checksum import crc64nvme
 from ..errors import AlreadyExists, BackendError, InvalidURL, NotFound
 from ..protocol import Backend, Capabilities, ObjectInfo
 
@@ -279,7 +281,20 @@ class BackendConformance:
     def test_stat_tells_the_size(self) -> None:
         for size in (0, 1, 1000):
             self.raw_put(f"data/{size}", _bytes(size))
-            assert self.backend.stat(f"data/{size}") == ObjectInfo(f"data/{size}", size)
+            info = self.backend.stat(f"data/{size}")
+            assert info == ObjectInfo(f"data/{size}", size, info.checksum)
+
+    def test_checksum_of_the_service_is_that_of_the_bytes(self) -> None:
+        for data in (b"", b"123456789"):
+            writer = self.backend.open_writer(f"data/{len(data)}")
+            writer.write(0, memoryview(data), 0)
+            checksum = writer.finish()
+            assert self.backend.stat(f"data/{len(data)}").checksum == checksum
+            known = {"crc64nvme": f"{crc64nvme(data):016x}", "md5": hashlib.md5(data, usedforsecurity=False).hexdigest()}
+            if data:
+                known["crc32c"] = "e3069283"  # the check value that catalogues of CRCs give for these digits
+            kind, _, digits = (checksum or "").partition(":")
+            assert digits == known.get(kind, digits)
 
     # -- list, delete
 
