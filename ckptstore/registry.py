@@ -16,7 +16,10 @@ ENTRY_POINT_GROUP = "ckptstore.backends"
 _BUILTIN = {
     "file": "ckptstore.backends.local:LocalBackend",
     "memory": "ckptstore.backends.memory:MemoryBackend",
+    "s3": "ckptstore.backends.s3:S3Backend",
 }
+_EXTRAS = {"s3": "s3"}
+"""Schemes that need ``pip install 'ckptstore[extra]'``."""
 
 
 def _third_party() -> dict[str, str]:
@@ -46,5 +49,6 @@ def backend_class(scheme: str) -> type[Backend]:
     try:
         backend: type[Backend] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as exc:
-        raise UnknownScheme(f"the backend for {scheme}:// ({target}) cannot be imported: {exc}") from exc
+        hint = f"; pip install 'ckptstore[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
+        raise UnknownScheme(f"the backend for {scheme}:// ({target}) cannot be imported: {exc}{hint}") from exc
     return backend
