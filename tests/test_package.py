@@ -15,7 +15,7 @@ import ckptstore
 
 ROOT = Path(__file__).parent.parent
 
-HEAVY = ["asyncio", "awscrt", "fsspec", "numpy", "torch", "tqdm"]
+HEAVY = ["asyncio", "awscrt", "boto3", "botocore", "fsspec", "numpy", "torch", "tqdm"]
 
 MAY_IMPORT_TORCH = {"rng", "sampler", "torchfile", "unpicklable"}
 """Modules of ckptstore that import torch when they are imported; all others work without."""
@@ -46,6 +46,21 @@ for name in {without}:
         sys.exit(name + " imports torch")
 """
     run_python(code)
+
+
+def test_a_backend_whose_package_is_missing_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["botocore"] = None
+from ckptstore import Store
+try:
+    Store("s3://bucket/run")
+except ValueError as exc:
+    print(exc)
+"""
+    said = run_python(code)
+    assert "pip install 'ckptstore[s3]'" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ckptstore.__all__)
