@@ -10,8 +10,8 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import ClassVar
 
 from ckptstore.errors import Ambiguous, BackendError, InvalidName, InvalidOption, InvalidURL
@@ -22,6 +22,7 @@ from ckptstore.posix import (
     mapped_errors,
     nearest_existing,
     read_full,
+    start_writeback,
     write_all,
     wrong_kind,
 )
@@ -53,6 +54,8 @@ class LocalBackend:
         # known to be: whoever made it may have been killed before the flush, or is about to flush it in another thread.
         self._settled: set[tuple[str, int, int]] = set()
         self._root_id: tuple[int, int] | None = None
+        # Names that were given, in which folder, and not flushed yet: one flush of a folder is enough for all that it has by then.
+        self._unflushed: dict[NewFile, tuple[str, int, int]] = {}
 
     @classmethod
     def open(cls, location: str, options: Mapping[str, str]) -> LocalBackend:
@@ -71,10 +74,13 @@ class LocalBackend:
         # normpath would change what "link/.." means.
         return cls(path if ".." in path.split("/") else os.path.normpath(path))
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
-        """See `Backend.put_if_absent`."""
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
+        """See `Backend.put_if_absent`. The first flush in `ready` takes the new file along, so that its own is over at once."""
         with mapped_errors("create", self._path(key)), self._new_file(key) as new:
             write_all(new.fd, 0, memoryview(data))
+            if ready:
+                start_writeback(new.fd)
+                ready()
             os.fsync(new.fd)
             new.close_file()
             self._settle(new.folders)
@@ -296,6 +302,16 @@ class LocalBackend:
                 if not attempts:
                     raise
 
+    def _flush_name(self, new: NewFile) -> None:
+        """Make the name of a published file durable, unless another flush of its folder has done so meanwhile."""
+        folder = self._unflushed.get(new)
+        if folder is not None:
+            covered = [n for n, f in list(self._unflushed.items()) if f == folder]
+            os.fsync(new.folders.fd)
+            self._settle(new.folders)
+            for n in covered:
+                self._unflushed.pop(n, None)
+
     def _settle(self, folders: Folders) -> None:
         """Make sure that the entry of each of `folders` in the one above is on disk, from the top down."""
         top = folders.identity(0)
@@ -351,35 +367,53 @@ class _LocalWriter:
                 self._writing -= 1
                 self._release()
 
-    def finish(self) -> None:
-        """See `PartWriter.finish`.
+    def start_finish(self) -> None:
+        """See `PartWriter.start_finish`.
 
         The file gets its name *before* the flushes: on ext4 and xfs the first flush then takes the data, the new name and the new
-        folders to disk in one commit of the journal. Nobody reads a data file before the record that names it is committed, so a
-        power cut in between only leaves litter; but a failed flush must take the name away again, and is final.
+        folders to disk in one commit of the journal, for all files that got so far. Nobody reads a data file before the record that
+        names it is committed, so a power cut in between only leaves litter.
         """
         with self._lock:
             self._require_open()
             self._state = "failed"  # until proven otherwise
+        with self._finishing():
+            self._new.publish()
+            self._backend._unflushed[self._new] = self._new.folders.identity(-1)
+            start_writeback(self._new.fd)
+        self._state = "started"
+
+    def finish(self) -> None:
+        """See `PartWriter.finish`. A flush that fails takes the name away again, and is final."""
+        if self._state != "started":
+            self.start_finish()
+        self._state = "failed"
+        with self._finishing():
+            os.fsync(self._new.fd)
+            self._new.close_file()
+            self._backend._flush_name(self._new)
+        self._state = "done"
+        self._new.close()
+
+    @contextmanager
+    def _finishing(self) -> Iterator[None]:
         new = self._new
         with mapped_errors("finish", new.path):
             try:
-                new.publish()
-                os.fsync(new.fd)
-                new.close_file()
-                os.fsync(new.folders.fd)
-                self._backend._settle(new.folders)
+                yield
             except BaseException as exc:
+                self._backend._unflushed.pop(new, None)
                 if not new.withdraw() and isinstance(exc, OSError):
                     why = f"could not be made durable ({exc.strerror}), nor be removed again; save once more under another name"
                     raise Ambiguous(exc.errno, why, new.path, durable=False) from exc
                 raise
-        self._state = "done"
-        new.close()
 
     def abort(self) -> None:
         """See `PartWriter.abort`."""
         with self._lock:
+            if self._state == "started":
+                self._backend._unflushed.pop(self._new, None)
+                self._new.withdraw()
             if self._state != "done":
                 self._state = "aborted"
             self._release()

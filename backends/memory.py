@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from ckptstore.errors import AlreadyExists, BackendError, InvalidOption, InvalidURL, NotFound
@@ -55,8 +55,10 @@ class MemoryBackend:
             raise InvalidURL("a memory store needs a name, as in memory://tests")
         return cls(location)
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """See `Backend.put_if_absent`. Lives as long as the process."""
+        if ready:
+            ready()
         self._space.create(key, bytes(data))
 
     def replace(self, key: str, data: bytes) -> None:
@@ -129,6 +131,9 @@ class _MemoryWriter:
                 buffer.extend(bytes(end - len(buffer)))
             if data.nbytes:
                 buffer[offset:end] = data.cast("B")
+
+    def start_finish(self) -> None:
+        """See `PartWriter.start_finish`. Nothing takes time here."""
 
     def finish(self) -> None:
         """See `PartWriter.finish`."""

@@ -86,6 +86,8 @@ def check_json(value: object, what: str) -> JSON:
         raise UsageError(f"{what} must be plain JSON that reads back equal: use lists for tuples, and str keys in dicts")
     level = [same]
     for _ in range(_DEEPEST):
+        if not level:
+            break
         level = [inner for v in level if isinstance(v, (dict, list)) for inner in (v.values() if isinstance(v, dict) else v)]
     if level:
         raise UsageError(f"{what} is nested more than {_DEEPEST} levels deep; make it flatter")

@@ -133,7 +133,13 @@ class Writer:
         assert self.epoch is not None
         return self.epoch
 
-    def commit(self, change: Callable[[Record], Record | None], op: str, epoch: int | None = None) -> Record:
+    def commit(
+        self,
+        change: Callable[[Record], Record | None],
+        op: str,
+        epoch: int | None = None,
+        ready: Callable[[], object] | None = None,
+    ) -> Record:
         """Commit `change` of the newest state; see `Log.commit` for what errors mean.
 
         `epoch` is the one that new data was written in; None when there is none, so that a cooperating writer may commit in any epoch.
@@ -155,7 +161,7 @@ class Writer:
             return change(head.record)
 
         try:
-            return self._log.commit(fenced_change, op)
+            return self._log.commit(fenced_change, op, ready)
         except BackendError as exc:
             self.tell_if_fenced(epoch, exc)
             raise

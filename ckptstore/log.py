@@ -113,11 +113,12 @@ class Log:
                 found.append(str(exc))
         return found
 
-    def commit(self, change: Callable[[Head], Record | None], op: str) -> Record:
+    def commit(self, change: Callable[[Head], Record | None], op: str, ready: Callable[[], object] | None = None) -> Record:
         """Make `change` of the newest state the next record, and return that record.
 
         `change` gets the head and returns the new state (`n`, `op` and `prev` are filled in here), or None when nothing is left to do. It
-        is called again with a newer head whenever somebody else's commit came first, and may raise to give up.
+        is called again with a newer head whenever somebody else's commit came first, and may raise to give up. `ready` is called before
+        each try, as `Backend.put_if_absent` does; what it raises must be none of our errors, lest it be taken for the storage's answer.
 
         Raises:
             CommitUnknown: whether it took effect could not be learnt.
@@ -135,7 +136,7 @@ class Log:
                     raise BackendError(
                         f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some"
                     )
-                if self._create(record.n, data, op):
+                if self._create(record.n, data, op, ready):
                     self._head = Head(record.n, record, sha256(data))
                     self._sizes[record.n] = (len(data), op)
                     self._tidy(record.n, self._head.digest)
@@ -158,12 +159,12 @@ class Log:
             return None
         return found.op == op
 
-    def _create(self, n: int, data: bytes, op: str) -> bool:
+    def _create(self, n: int, data: bytes, op: str, ready: Callable[[], object] | None) -> bool:
         """Create slot `n`. True: it is ours. False: somebody else's. CommitUnknown: nobody knows; other errors: it is not ours."""
         ambiguous: Ambiguous | None = None
         for _ in range(_ATTEMPTS):
             try:
-                self._backend.put_if_absent(slot_key(n), data)
+                self._backend.put_if_absent(slot_key(n), data, ready)
                 return True
             except AlreadyExists:
                 pass  # perhaps by an earlier attempt of ours whose answer was lost, or by a packet sent twice

@@ -33,6 +33,7 @@ __all__ = [
     "mapped_errors",
     "nearest_existing",
     "read_full",
+    "start_writeback",
     "typed_error",
     "write_all",
     "wrong_kind",
@@ -74,6 +75,8 @@ _REFUSED = frozenset(
 )
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _RENAME_NOREPLACE = 1  # <linux/fs.h>
+_SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -151,6 +154,12 @@ def read_full(fd: int, offset: int, view: memoryview) -> int:
     return done
 
 
+def start_writeback(fd: int) -> None:
+    """Send the data of a file on their way to the disk, without waiting. Only a hint: what goes wrong, the flush tells."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
 def fsync_dir(path: str) -> None:
     """Flush the entries of the folder `path` to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -216,6 +225,7 @@ class Folders:
     def __init__(self, root: str, root_fd: int) -> None:
         self.paths = [root]
         self.fds = [root_fd]
+        self._identities: dict[int, tuple[str, int, int]] = {}  # by descriptor
 
     @property
     def fd(self) -> int:
@@ -245,8 +255,11 @@ class Folders:
 
     def identity(self, i: int) -> tuple[str, int, int]:
         """Return what tells open folder number `i` from any other: its path, device and inode."""
-        found = os.fstat(self.fds[i])
-        return self.paths[i], found.st_dev, found.st_ino
+        fd = self.fds[i]
+        if fd not in self._identities:
+            found = os.fstat(fd)
+            self._identities[fd] = self.paths[i], found.st_dev, found.st_ino
+        return self._identities[fd]
 
     def _open(self, name: str) -> int:
         try:
@@ -258,6 +271,7 @@ class Folders:
             raise
 
     def close(self) -> None:
+        self._identities.clear()
         while self.fds:
             os.close(self.fds.pop())
 

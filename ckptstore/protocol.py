@@ -11,7 +11,7 @@ so: it raises `Transient`, and what may be repeated is repeated above it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -65,6 +65,15 @@ class PartWriter(Protocol):
             BackendError, StorageFull: the whole file is lost; only `abort` may follow.
         """
 
+    def start_finish(self) -> None:
+        """Begin what `finish` will wait for, without waiting. Called when all parts are written; `finish` does not need it.
+
+        Sends no request over a network. The object may become visible, but need not be durable.
+
+        Raises:
+            AlreadyExists, BackendError: as `finish`.
+        """
+
     def finish(self) -> str | None:
         """Publish the object under its key, durably: after return it MUST survive a power cut.
 
@@ -103,8 +112,11 @@ class Backend(Protocol):
             InvalidOption, InvalidURL: say what is wrong with which.
         """
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """Create a small object: atomic and durable, with exactly one winner. Carries the whole commit protocol.
+
+        `ready` makes durable what the object refers to. It MUST have returned before anything that could make the object visible is
+        tried; what it raises is passed on as it is, and then nothing is created. The backend may prepare the object first.
 
         After return the object MUST survive a power cut and MUST be visible to every reader. No reader ever sees part of it. MUST
         NOT be retried inside the backend or by an SDK.

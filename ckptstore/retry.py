@@ -82,11 +82,13 @@ class Persistent(Wrapper):
             reraise=True,
         )(through)
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """See `Backend.put_if_absent`. Repeated only while it provably did not take effect.
 
         After one that was not answered it waits, because the log will ask what became of it, and perhaps send it again.
         """
+        if ready:
+            ready()
         try:
             self.again(lambda: self.inner.put_if_absent(key, data))
         except Ambiguous:
@@ -148,6 +150,10 @@ class _PersistentWriter:
     def write(self, offset: int, data: memoryview, number: int) -> None:
         """See `PartWriter.write`."""
         self._backend.again(lambda: self._inner.write(offset, data, number))
+
+    def start_finish(self) -> None:
+        """See `PartWriter.start_finish`."""
+        self._backend.again(self._inner.start_finish)
 
     def finish(self) -> str | None:
         """See `PartWriter.finish`."""

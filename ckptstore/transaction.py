@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +34,7 @@ from .transfer import FileSink
 __all__ = ["Draft", "Transaction", "TransactionFile"]
 
 _SMALL = 1 << 20
-"""Bytes up to which two files are made durable one after the other."""
+"""Bytes. What is not longer in all is made durable together with the record, by one thread: others would take longer to wake up."""
 _OPEN_FILES = 16
 """Files written but not yet made durable: they are finished together, in parallel, but each holds descriptors until then."""
 
@@ -140,7 +141,7 @@ class Transaction:
         self._files: dict[str, FileEntry] = {}  # by key, complete
         self._folders: set[str] = set()
         self._unsafe: dict[str, list[str]] = {}
-        self._versions = {"ckptstore": __version__, "python": platform.python_version(), "host": socket.gethostname()}
+        self._versions = {"ckptstore": __version__, "python": platform.python_version(), "host": _host()}
         self._checkpoint: Checkpoint | None = None
         self.id = ""
         """Id of the checkpoint being written; known inside the block."""
@@ -167,7 +168,7 @@ class Transaction:
             self._give_up(error)
             return
         try:
-            manifest, data = self._make_durable()
+            manifest, data = self._write_manifest()
         except BaseException as exc:
             self._give_up(exc)
             raise
@@ -275,6 +276,7 @@ class Transaction:
             self._files[entry.key] = entry
             del self._sinks[entry.key]
             self._written.append((sink.writer, entry.key))
+            sink.writer.start_finish()
             if len(self._written) >= _OPEN_FILES:
                 self._finish_written()
         except BaseException:
@@ -285,21 +287,26 @@ class Transaction:
         self._spoilt = self._spoilt or reason
 
     def _finish_written(self) -> None:
-        if len(self._written) == 1 and self._files[self._written[0][1]].size < _SMALL:
-            remote: Iterable[str | None] = [self._written[0][0].finish()]  # a thread would take longer to wake up than this takes
+        if self._is_small():
+            checksums: Iterable[str | None] = [writer.finish() for writer, _ in self._written]
         else:
-            remote = self._engine.workers.map(lambda item: item[0].finish(), self._written)
-        for (_, key), checksum in zip(self._written, remote, strict=True):
-            self._files[key] = replace(self._files[key], remote=checksum)
+            checksums = self._engine.workers.map(lambda item: item[0].finish(), self._written)
+        for (_, key), checksum in zip(self._written, checksums, strict=True):
+            if checksum and key in self._files:
+                self._files[key] = replace(self._files[key], remote=checksum)
         self._written.clear()
 
-    def _make_durable(self) -> tuple[Manifest, bytes]:
+    def _is_small(self) -> bool:
+        return not self._engine.backend.capabilities.remote and sum(f.size for f in self._files.values()) < _SMALL
+
+    def _write_manifest(self) -> tuple[Manifest, bytes]:
         if self._spoilt:
             raise UsageError(f"nothing was published: {self._spoilt}")
         if self._sinks:
             names = ", ".join(sink.path for sink in self._sinks.values())
             raise UsageError(f"nothing was published: still open at the end of the transaction: {names}")
-        self._finish_written()
+        if self._engine.backend.capabilities.remote:
+            self._finish_written()  # the manifest has the service's checksums
         manifest = Manifest(
             id=self.id,
             name=self._draft.name,
@@ -314,12 +321,11 @@ class Transaction:
         )
         data = encode(manifest)
         writer = self._engine.backend.open_writer(data_key(self.id, MANIFEST))
-        try:
-            writer.write(0, memoryview(data), 0)
-            writer.finish()
-        except BaseException:
-            writer.abort()
-            raise
+        self._written.append((writer, MANIFEST))
+        writer.write(0, memoryview(data), 0)
+        writer.start_finish()
+        if not self._is_small():
+            self._finish_written()
         return manifest, data
 
     def _commit(self, manifest: Manifest, data: bytes) -> None:
@@ -344,14 +350,26 @@ class Transaction:
         keys = [data_key(self.id, f.key) for f in manifest.files] + [data_key(self.id, MANIFEST)]
         self._engine.remember_keys(self.id, keys)
         try:
-            record = self._writer.commit(publish, new_op(), self._epoch)
+            record = self._writer.commit(publish, new_op(), self._epoch, self._make_durable)
         except CommitUnknown:
             raise  # it may have been committed: its data stays
-        except CkptStoreError:
-            self._discard()
-            raise
-        self._checkpoint = Checkpoint(self._engine, entry, manifest)
-        self._engine.committed(record)
+        except _NotDurable as exc:
+            failure = exc.error
+        except BaseException as exc:
+            failure = exc
+        else:
+            self._checkpoint = Checkpoint(self._engine, entry, manifest)
+            self._engine.committed(record)
+            return
+        if self._written or isinstance(failure, CkptStoreError):  # else, after Ctrl-C for one, it may have been committed
+            self._give_up(failure)
+        raise failure
+
+    def _make_durable(self) -> None:
+        try:
+            self._finish_written()
+        except BaseException as exc:
+            raise _NotDurable(exc) from exc
 
     def _give_up(self, error: BaseException) -> None:
         self._discard()
@@ -366,6 +384,19 @@ class Transaction:
             writer.abort()
         with suppress(CkptStoreError):
             self._engine.delete_data(self.id)
+
+
+class _NotDurable(Exception):
+    """Carries what went wrong with the files past those who would take it for an answer about the record."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+@cache
+def _host() -> str:
+    return socket.gethostname()
 
 
 def _raise(error: OSError) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from .errors import AlreadyExists, Ambiguous, InvalidURL, NotFound, Transient
@@ -30,9 +30,9 @@ class Wrapper:
         """
         raise InvalidURL(f"a {cls.__name__} is made around an open backend")
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """See `Backend.put_if_absent`."""
-        self.inner.put_if_absent(key, data)
+        self.inner.put_if_absent(key, data, ready)
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Backend.replace`."""
@@ -70,8 +70,10 @@ class Wrapper:
 class SingleWriter(Wrapper):
     """Storage that cannot tell two writers apart, for users who make sure that there is only one (``single_writer=1``)."""
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """See `Backend.put_if_absent`, but for the one winner: it looks, and then writes."""
+        if ready:
+            ready()
         try:
             self.inner.stat(key)
         except NotFound:

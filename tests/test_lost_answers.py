@@ -46,9 +46,9 @@ class Cursed(FaultyBackend):
         result: _T = self.curse(method, self.seen[method], call) if self.curse else call()
         return result
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         self.last_put = (key, data)
-        super().put_if_absent(key, data)
+        super().put_if_absent(key, data, ready)
 
     def land(self, key: str, data: bytes) -> None:
         with suppress(AlreadyExists):

@@ -270,14 +270,14 @@ def test_storages_come_in_one_piece_without_a_copy() -> None:
     assert sink.address == tensor.data_ptr()
 
 
-STATE = {"a": torch.arange(1000.0), "b": [torch.ones(3), "text"], "c": torch.zeros(0)}
+STATE = {"a": [torch.arange(5000.0) + i for i in range(6)], "b": [torch.ones(3), "text"], "c": torch.zeros(0)}
 
 
 @pytest.mark.parametrize("kind", [StorageFull, KeyboardInterrupt, MemoryError, RuntimeError])
 def test_an_error_in_the_sink_surfaces_as_itself_and_ends_the_writing(kind: type[BaseException]) -> None:
     whole = Sink()
     torchfile.save(STATE, whole)
-    assert len(whole.pieces) > 20
+    assert len(whole.pieces) > 10
     sinks: list[Sink] = []
     for index in range(len(whole.pieces)):
         error = kind("disk full")
@@ -305,9 +305,7 @@ def test_a_sink_that_does_not_take_everything_is_an_error(short: Callable[[int],
 
 def test_ctrl_c_on_entry_to_our_write_is_not_lost() -> None:
     """Python handles a signal that came while torch computed on entry to `write`, before any `try` in it is active."""
-    whole = Sink()
-    torchfile.save(STATE, whole)
-    for index in range(len(whole.pieces)):
+    for index in range(60):
         entered = 0
 
         def interrupt(frame: Any, event: str, _: Any, index: int = index) -> None:

@@ -164,6 +164,38 @@ class BackendConformance:
 
     # -- put_if_absent, replace
 
+    def test_what_a_record_refers_to_is_made_ready_before_it_is_seen(self) -> None:
+        seen: list[bytes | None] = []
+        self.backend.put_if_absent("log/1", b"one", lambda: seen.append(self.raw_get("log/1")))
+        assert seen == [None]
+        assert self.raw_get("log/1") == b"one"
+
+    @pytest.mark.parametrize("error", [AlreadyExists("a file"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+    def test_what_could_not_be_made_ready_is_never_referred_to(self, error: BaseException) -> None:
+        def fail() -> None:
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            self.backend.put_if_absent("log/1", b"one", fail)
+        assert caught.value is error
+        assert self.raw_keys() == []
+        self.backend.put_if_absent("log/1", b"one")
+
+    def test_finishing_may_be_started_before(self) -> None:
+        for key in ("data/a", "data/b", "data/c"):
+            writer = self.backend.open_writer(key)
+            writer.write(0, memoryview(_bytes(1000)), 0)
+            writer.start_finish()
+            if key == "data/a":
+                started = writer
+            elif key == "data/b":
+                writer.abort()
+            else:
+                writer.finish()
+        started.finish()
+        assert self.raw_get("data/a") == self.raw_get("data/c") == _bytes(1000)
+        assert self.raw_get("data/b") is None
+
     @pytest.mark.parametrize("size", [0, 1, 1 << 16])
     def test_put_stores_the_bytes(self, size: int) -> None:
         self.backend.put_if_absent("log/1", _bytes(size))

@@ -15,14 +15,14 @@ __all__ = ["Fault", "FaultyBackend"]
 
 _T = TypeVar("_T")
 _METHODS = ("put_if_absent", "replace", "open_writer", "get", "read_into", "stat", "list", "delete", "close")
-_POINTS = frozenset({*_METHODS, "list.item", "writer.write", "writer.finish", "writer.abort"})
+_POINTS = frozenset({*_METHODS, "list.item", "writer.write", "writer.start_finish", "writer.finish", "writer.abort"})
 
 
 @dataclass(frozen=True)
 class Fault:
     """What happens at call number `nth` of `method`.
 
-    `method` is a method of `Backend`, or ``writer.write``, ``writer.finish``, ``writer.abort`` (counted over all writers), or
+    `method` is a method of `Backend`, or ``writer.write``, ``.start_finish``, ``.finish``, ``.abort`` (counted over all writers), or
     ``list.item`` (each object that any listing is about to yield). `before` and `after` are each an exception to raise or a function
     to call, before the call reaches the inner backend and after it returned from there::
 
@@ -86,8 +86,10 @@ class FaultyBackend:
             _strike(fault.after)
         return result
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
-        """See `Backend.put_if_absent`."""
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
+        """See `Backend.put_if_absent`. `ready` is called before any fault: without it, no answer could be lost."""
+        if ready:
+            ready()
         self.run("put_if_absent", lambda: self.inner.put_if_absent(key, data))
 
     def replace(self, key: str, data: bytes) -> None:
@@ -134,6 +136,10 @@ class _FaultyWriter:
     def write(self, offset: int, data: memoryview, number: int) -> None:
         """See `PartWriter.write`."""
         self._backend.run("writer.write", lambda: self._inner.write(offset, data, number))
+
+    def start_finish(self) -> None:
+        """See `PartWriter.start_finish`."""
+        self._backend.run("writer.start_finish", self._inner.start_finish)
 
     def finish(self) -> str | None:
         """See `PartWriter.finish`."""
