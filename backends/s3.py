@@ -13,7 +13,7 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -78,8 +78,10 @@ class S3Backend:
         # S3 Express ("directory buckets") lists in no order, and cannot begin after a key.
         return cls(Bucket(bucket, prefix, options), ordered=not bucket.endswith("--x-s3"))
 
-    def put_if_absent(self, key: str, data: bytes) -> None:
+    def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """See `Backend.put_if_absent`."""
+        if ready:
+            ready()
         with self._bucket.mapped("create", key, creating=True):
             self._bucket.put(key, data, IfNoneMatch="*")
 
@@ -230,6 +232,9 @@ class _S3Writer:
                     self._upload, self._checksums = self._bucket.begin_upload(self._key)
         self._send_first()
         self._send(number, data)
+
+    def start_finish(self) -> None:
+        """See `PartWriter.start_finish`. It would cost a request, or a thread."""
 
     def finish(self) -> str | None:
         """See `PartWriter.finish`."""

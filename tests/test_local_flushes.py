@@ -73,6 +73,13 @@ def test_folders_left_by_a_killed_process_are_flushed(tmp_path: Path) -> None:
     assert {"fsync .", "fsync store"} <= {*steps[:link]}
 
 
+def test_one_flush_of_a_folder_does_for_all_its_new_names_but_not_for_others(tmp_path: Path) -> None:
+    code = "writers = [write(key) for key in ('data/x/a', 'data/x/b', 'data/y/c')]\nfor w in writers: w.start_finish()\n"
+    steps, _ = traced(tmp_path, HEAD + code + "os.mkdir('mark')\nfor w in writers: w.finish()\nresult = None\n")
+    folders = [s for s in steps[steps.index("mkdir mark") + 1 :] if s.startswith("fsync store/data/") and s.count("/") == 2]
+    assert folders == ["fsync store/data/x", "fsync store/data/y"]
+
+
 def test_finish_flushes_file_folder_and_the_folders_above(tmp_path: Path) -> None:
     steps, _ = traced(tmp_path, FINISH + "os.mkdir('mark'); write('data/y/state.pt').finish()\n")
     assert steps[steps.index("mkdir mark") + 1 :] == [
