@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -45,12 +46,8 @@ def _run(command: list[str], url: str, folder: Path) -> Iterator[_Server]:
                 time.sleep(0.1)
         yield _Server(url)
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # nobody wants the data, and ending in peace takes it seconds
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -72,4 +69,7 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Server]:
     (folder / "s3.json").write_text(json.dumps({"identities": [who]}))
     (folder / "data").mkdir()
     options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=s3.json", "-webdav=false", "-admin.ui=false"]
-    yield from _run(["weed", "mini", "-dir=data", *options], "http://127.0.0.1:8333", folder)
+    base = 20_000 + os.getpid() % 2000 * 10  # it uses each of them plus 10 000 as well
+    ports = [f"-{name}.port={base + i}" for i, name in enumerate(("s3", "master", "volume", "filer", "admin"))]
+    ports += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    yield from _run(["weed", "mini", "-dir=data", *options, *ports], f"http://127.0.0.1:{base}", folder)

@@ -56,7 +56,8 @@ class Service:
 
     def url(self, **options: Any) -> str:
         """Return the URL of a new store."""
-        return f"s3://{self.place()}?" + "&".join(f"{k}={v}" for k, v in {**self.options, **options}.items())
+        given = {**self.options, "retry_seconds": 20, **options}
+        return f"s3://{self.place()}?" + "&".join(f"{k}={v}" for k, v in given.items())
 
 
 def location_of(url: str) -> str:

@@ -30,6 +30,7 @@ pytest_plugins = ("s3_fixtures",)
 class _Conformance(BackendConformance):
     finish_may_overwrite = True  # no key of a data file is ever used twice, so that it is not worth a condition
     rounds = 2
+    many = 30  # see test_pages
     server: Service
 
     @pytest.fixture
@@ -93,8 +94,6 @@ class TestSeaweedFS(_Conformance):
 
 
 class TestMoto(_Conformance):
-    many = 30  # pages and bulk deletions are tried on SeaweedFS, which is faster
-
     @pytest.fixture
     def _server(self, simple_server: Service) -> Service:
         return simple_server
@@ -343,6 +342,14 @@ def test_pages(backend: S3Backend) -> None:
     assert seen == {"ListObjectsV2": 3, "ListMultipartUploads": 3}
     assert [re.sub(r"\..*\.", ".", key) for key in found] == [f"data/{i}{s}" for i in range(5) for s in ("", ".partial")]
     backend.delete(found)
+    assert keys(backend) == []
+
+
+def test_deletions_of_more_than_one_request_takes(backend: S3Backend) -> None:
+    backend.replace("data/x", b"x")
+    with on_wire(backend, passes) as seen:
+        backend.delete([*(f"data/{i}" for i in range(1000)), "data/x"])
+    assert seen == {"DeleteObjects": 2}
     assert keys(backend) == []
 
 
