@@ -375,7 +375,7 @@ def test_disk_full_at_any_step(ram: Path, grown: Path, kind: str, stride: int) -
             ledger.check(place(disk))
         if not steps.struck:
             break
-    assert refused > 5
+    assert refused >= 4
 
 
 @SMALL

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("ckptstore.testing.conformance")  # so that its failures show values, as those of test files do
+# So that its failures show values, as those of test files do.
+pytest.register_assert_rewrite("ckptstore.testing.conformance", "ckptstore.testing._writers")
 
 from .conformance import BackendConformance  # noqa: E402
 from .faults import Fault, FaultyBackend  # noqa: E402
