@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_rig import Service
 
 import ckptstore
 from ckptstore.cli._demo import Story, run
 from ckptstore.cli._demo_compare import Log, Step, differences, order_problems
 from ckptstore.cli._demo_job import EPOCHS, STEPS, TRAINING
+
+pytest_plugins = ("s3_fixtures",)
 
 COMMAND = [sys.executable, "-u", "-m", "ckptstore", "demo"]
 
@@ -63,6 +66,17 @@ def test_it_tells_the_story_and_both_runs_end_the_same(told: Told) -> None:
     assert hashes[0] == hashes[1]
     assert "ckptstore.Store(" in text and f"ckptstore ls {told.store}" in text
     assert len(text.splitlines()) < 50
+
+
+def test_it_tells_the_same_story_on_s3(server: Service, tmp_path: Path) -> None:
+    url = server.url()
+    done = subprocess.run([*COMMAND, url], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len(re.findall(r"^   (?:✓|ok) ", done.stdout, re.MULTILINE)) == 5
+    assert os.listdir(tmp_path) == []
+    with ckptstore.Store(url, acquire=False) as store:
+        assert store.checkpoint("latest").step == STEPS
+        assert store.verify() == []
 
 
 def test_it_keeps_the_store_it_was_given_and_nothing_else(told: Told) -> None:

@@ -11,9 +11,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from s3_rig import Service
 
 import ckptstore
 from ckptstore.options import STORE_OPTIONS
+
+pytest_plugins = ("s3_fixtures",)
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -54,6 +58,21 @@ def test_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         call = [sys.executable, "-m", "ckptstore", *arguments]
         done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+def test_the_example_on_s3_runs(server: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.client.create_bucket(Bucket="my-bucket")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.server.endpoint_url)
+    model = torch.nn.Linear(4, 1)
+    sampler = ckptstore.InterruptableDistributedSampler([1, 2, 3], seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    namespace = {"ckptstore": ckptstore, "model": model, "optimizer": optimizer, "step": 7, "sampler": sampler}
+    (example,) = blocks("python s3")
+    exec(compile(example, "README.md", "exec"), namespace)
+    state = namespace["state"]
+    assert isinstance(state, dict)
+    assert state["model"]["weight"].equal(model.weight)
+    assert server.client.list_objects_v2(Bucket="my-bucket")["KeyCount"] > 3
 
 
 def test_every_option_is_documented() -> None:
