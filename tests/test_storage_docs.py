@@ -1,0 +1,26 @@
+"""docs/storage.md names every backend, and every option of each, and no other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ckptstore.registry import backend_class, schemes
+
+TEXT = (Path(__file__).parents[1] / "docs" / "storage.md").read_text(encoding="utf-8")
+SECTIONS = {"s3": "S3"}
+"""Scheme -> the heading of its options."""
+
+
+@pytest.mark.parametrize("scheme", schemes())
+def test_every_scheme_is_there_and_its_options_are_complete(scheme: str) -> None:
+    assert f"`{scheme}://" in TEXT
+    options = set(backend_class(scheme).options)
+    documented: set[str] = set()
+    if scheme in SECTIONS:
+        section = TEXT.partition(f"## {SECTIONS[scheme]}\n")[2].partition("\n## ")[0]
+        table = section.partition("| option | meaning |\n")[2].partition("\n\n")[0]
+        documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert documented == options
