@@ -134,7 +134,14 @@ class S3Backend:
     def stat(self, key: str) -> ObjectInfo:
         """See `Backend.stat`. What `read_into` reads from here on is the version that was seen now."""
         with self._bucket.mapped("look at", key, reading=True):
-            answer = self._bucket.call("head_object", key, ChecksumMode="ENABLED")
+            try:
+                answer = self._bucket.call("head_object", key, ChecksumMode="ENABLED")
+            except sdk.ClientError as exc:
+                if status_of(exc) not in (400, 403):
+                    raise
+                # An answer to HEAD has no text, so it does not say whether the key has expired, the clock is wrong, or what it is.
+                self._bucket.call("get_object", key, Range="bytes=0-0")["Body"].close()
+                raise Transient(f"{self.url}/{key} could not be looked at ({exc}), but read") from exc
         if not key.startswith(_RECORDS):
             self._pin(key, answer["ETag"], anew=True)
         return ObjectInfo(key, answer["ContentLength"], recorded(answer))

@@ -1,0 +1,202 @@
+"""S3 through a proxy that breaks connections, cuts answers, and answers in the service's place: nothing is lost, nothing falsely told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count, cycle
+
+import pytest
+from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, answer, cut, error_inside, lost, stale, unanswered
+from s3_rig import PART, Service
+from stores import contents, write
+
+from ckptstore import Store, retry
+from ckptstore.errors import BackendError, CkptStoreError, Fenced, PermissionDenied
+
+pytest_plugins = ("s3_fixtures",)
+
+_late = Late()
+KINDS: dict[str, Fault] = {
+    "lost": lost,
+    "unanswered": unanswered,
+    "cut": cut,
+    "late": _late,
+    "500": answer(500, "InternalError"),
+    "503": answer(503, "SlowDown"),
+    "429": answer(429, "TooManyRequests"),
+    "409": answer(409, "OperationAborted"),
+    "expired": answer(400, "ExpiredToken"),
+}
+
+
+@pytest.fixture
+def proxy(server: Service) -> Iterator[FaultyProxy]:
+    with FaultyProxy(server.server.endpoint_url) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
+
+
+def through(proxy: FaultyProxy, server: Service, **options: object) -> str:
+    """Return the URL of a new store, reached through the proxy."""
+    return server.url(**options).replace(server.server.endpoint_url, proxy.url)
+
+
+@dataclass
+class Life:
+    """What a job does with its store, and what it was told."""
+
+    url: str
+    saved: list[str] = field(default_factory=list)
+
+    def live(self) -> None:
+        with Store(self.url, owner="job", keep_last=2) as store:
+            store.acquire()
+            self.saved.append(write(store, step=1))
+            self.saved.append(write(store, step=2, files={"big": bytes(PART + 1), "small": b"x"}))
+            assert contents(store, "latest") == {"big": bytes(PART + 1), "small": b"x"}
+            store.tag("best", "latest")
+            self.saved.append(write(store, step=3))
+            store.prune()
+            self.saved.append(write(store, step=4))
+            store.gc()
+        with Store(self.url, owner="next", keep_last=2) as store:
+            store.acquire()
+            assert store.names() == {"latest": self.saved[3], "best": self.saved[1]}
+
+    def check(self) -> None:
+        with Store(self.url, acquire=False) as store:
+            assert {c.id for c in store.checkpoints()} == {self.saved[1], *self.saved[2:]}
+            assert store.names() == {"latest": self.saved[3], "best": self.saved[1]}
+            assert store.verify() == []
+
+
+def test_some_requests_of_a_life_go_wrong(proxy: FaultyProxy, server: Service) -> None:
+    kinds = cycle(KINDS.values())
+    for n in count(1, 4):
+        if not strike(proxy, server, n, next(kinds)):
+            break
+    assert n > 30
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_request_of_a_life_goes_wrong(proxy: FaultyProxy, server: Service, kind: str) -> None:
+    n = 1
+    while strike(proxy, server, n, KINDS[kind]):
+        n += 1
+    assert n > 30
+
+
+def strike(proxy: FaultyProxy, server: Service, n: int, fault: Fault) -> bool:
+    """Live with this fault at request number `n`, and check all; return whether there were so many requests."""
+    life = Life(through(proxy, server))
+    proxy.strike_number(n, fault)
+    life.live()
+    struck = not proxy.pending
+    proxy.heal()
+    _late.arrive()
+    life.check()
+    return struck
+
+
+def is_completion(request: object) -> bool:
+    return str(request).startswith("POST") and "uploadId=" in str(request)
+
+
+@pytest.mark.parametrize("fault", [error_inside, unanswered, lost], ids=lambda f: f.__name__)
+def test_the_completion_of_an_upload_goes_wrong(proxy: FaultyProxy, server: Service, fault: Fault) -> None:
+    """Amazon begins to answer 200 before it knows; an error comes in the body then."""
+    life = Life(through(proxy, server))
+    proxy.inject(fault, is_completion)
+    life.live()
+    assert not proxy.pending
+    life.check()
+
+
+def test_a_completion_that_always_fails_is_an_error(proxy: FaultyProxy, server: Service) -> None:
+    with Store(through(proxy, server, retry_seconds=0)) as store:
+        first = write(store)
+        proxy.inject(error_inside, is_completion)
+        with pytest.raises(BackendError) as caught:
+            write(store, files={"big": bytes(PART + 1)})
+        assert "\n" not in str(caught.value)
+        assert store.names() == {"latest": first}
+        store.gc()
+        assert not [info.key for info in store._engine.backend.list("data/") if first not in info.key]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "advice"),
+    [
+        ("RequestTimeTooSkewed", 403, BackendError, "clock"),
+        ("AccessDenied", 403, PermissionDenied, "s3:"),
+        ("NoSuchBucket", 404, BackendError, "make the bucket"),
+        ("QuotaExceeded", 403, BackendError, "quota"),
+    ],
+)
+def test_what_waiting_does_not_help_is_told_at_once(
+    proxy: FaultyProxy, server: Service, code: str, status: int, kind: type[CkptStoreError], advice: str
+) -> None:
+    with Store(through(proxy, server)) as store:
+        first = write(store)
+        for n in (1, 2, 3):  # the file, the manifest, the record
+            struck = len(proxy.requests) + n
+            proxy.strike_number(n, answer(status, code))
+            with pytest.raises(kind, match=advice) as caught:
+                write(store)
+            assert "\n" not in str(caught.value)
+            assert [str(r) for r in proxy.requests].count(str(proxy.requests[struck - 1])) == 1, "it was repeated"
+            assert store.names() == {"latest": first}
+        assert write(store) == store.names()["latest"]
+
+
+def test_a_listing_as_of_long_ago(proxy: FaultyProxy, server: Service) -> None:
+    """No service of today does this; a cache in between might. A writer still finds the end of the log."""
+    url = through(proxy, server, keep_last="all")
+
+    def is_listing_of_the_log(request: object) -> bool:
+        return "list-type=2" in str(request) and "log" in str(request)
+
+    with Store(url, owner="a") as store:
+        first = write(store)
+    listed: list[Answer] = []
+
+    def listen(x: Exchange) -> None:
+        listed.append(x.forward())
+        x.reply(listed[0])
+
+    proxy.inject(listen, is_listing_of_the_log)
+    with Store(url, acquire=False) as reader:
+        assert reader.names() == {"latest": first}
+    with Store(url, owner="a") as store:
+        newer = [write(store, step=step) for step in range(3)]
+    proxy.inject(stale(listed[0]), is_listing_of_the_log)
+    with Store(url, owner="b") as store:
+        newest = write(store, step=9)
+        assert [c.id for c in store] == [first, *newer, newest]
+
+
+def test_a_record_that_arrives_when_its_writer_is_fenced(proxy: FaultyProxy, server: Service) -> None:
+    """The old job's record is under way for so long that a newer job has come meanwhile."""
+    url = through(proxy, server, keep_last="all", retry_seconds=0)
+    late = Late()
+    with Store(url, owner="old") as old, Store(url, owner="new") as new:
+        first = write(old)
+        saved: list[str] = []
+
+        def overtake(x: Exchange) -> None:
+            saved.append(write(new, step=2))
+            late(x)
+
+        proxy.inject(overtake, lambda r: r.method == "PUT" and "/log/0" in r.path)
+        with pytest.raises(Fenced):
+            write(old, step=1)
+        late.arrive()
+        assert {c.id for c in new.checkpoints()} == {first, *saved}
+        assert new.names() == {"latest": saved[0]}
+        assert new.verify() == []
