@@ -123,11 +123,24 @@ def seaweedfs_server(folder: Path) -> Iterator[Server]:
         yield server
 
 
+_MOTO = """
+import sys
+from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import run_simple
+app = DomainDispatcherApplication(create_backend_app)
+run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=False, request_handler=MotoRequestHandler)
+"""
+
+
 @contextmanager
 def moto_server(folder: Path) -> Iterator[Server]:
-    """moto, which is small, obeys conditions, and compares no checksums."""
+    """moto, which is small, obeys conditions, and compares no checksums.
+
+    One request at a time: it looks whether an object is there, and then writes it, so that two threads could both be told that they won.
+    """
+    require(find_spec("moto"), "needs moto[server]")
     port = _free_port()
-    with _running(["moto_server", "-H", "127.0.0.1", "-p", str(port)], port, folder) as server:
+    with _running([sys.executable, "-c", _MOTO, str(port)], port, folder) as server:
         yield server
 
 
