@@ -24,7 +24,9 @@ from .errors import (
 )
 
 __all__ = [
+    "NO_LINKS",
     "PARTIAL",
+    "REFUSED",
     "Folders",
     "NewFile",
     "create_temp",
@@ -54,12 +56,16 @@ _HINTS: dict[int, tuple[type[BackendError], str]] = {
     errno.EPERM: (PermissionDenied, "give this user the right to it (see also lsattr), or use another folder"),
     errno.EROFS: (PermissionDenied, "the file system is mounted read-only; remount it, or use another one"),
     errno.EMFILE: (BackendError, "raise the limit with 'ulimit -n', or close files"),
+    errno.ENOTCONN: (BackendError, "the file system's client has ended: mount it again"),
+    errno.ESTALE: (
+        BackendError,
+        "the file system's server does not know the folder any more: is it still exported? Mount it again",
+    ),
     errno.EIO: (BackendError, "the disk failed: look at the kernel's log, and use another disk"),
 }
 _DEFAULT_HINT = (BackendError, "check the folder and try again")
 
-# errno values with which link() and rename() refuse before they change anything. Any other may come after the fact.
-_REFUSED = frozenset(
+REFUSED = frozenset(
     {
         errno.EACCES,
         errno.EBADF,
@@ -73,7 +79,9 @@ _REFUSED = frozenset(
     }
     | {errno.ENOENT, errno.ENOSPC, errno.ENOSYS, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EPERM, errno.EROFS, errno.EXDEV}
 )
-_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""errno values with which link() and rename() refuse before they change anything. Any other may come after the fact."""
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""errno values with which link() says that the file system has none."""
 _RENAME_NOREPLACE = 1  # <linux/fs.h>
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only
@@ -191,13 +199,13 @@ def link_new(temp: str, name: str, dir_fd: int, path: str) -> None:
         try:
             os.link(temp, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
         except OSError as exc:
-            if exc.errno not in _NO_LINKS:
+            if exc.errno not in NO_LINKS:
                 raise
             _rename_new(temp, name, dir_fd, path)
     except FileExistsError as exc:
         raise AlreadyExists(errno.EEXIST, "it exists already, and was left as it is", path) from exc
     except OSError as exc:
-        if exc.errno in _REFUSED or isinstance(exc, CkptStoreError):
+        if exc.errno in REFUSED or isinstance(exc, CkptStoreError):
             raise
         # durable=False: should it turn out to be there, nobody has flushed the folder.
         why = f"could not learn whether it was created: {exc.strerror}; look again later"
@@ -273,7 +281,8 @@ class Folders:
     def close(self) -> None:
         self._identities.clear()
         while self.fds:
-            os.close(self.fds.pop())
+            with suppress(OSError):  # nothing was written through it
+                os.close(self.fds.pop())
 
     def __enter__(self) -> Folders:
         return self
@@ -305,13 +314,17 @@ class NewFile:
     def withdraw(self) -> bool:
         """Take the final name away again if it is ours; return False if that cannot be done."""
         try:
-            if os.path.samestat(self._id, os.stat(self.name, dir_fd=self.folders.fd, follow_symlinks=False)):
+            if self.is_same(os.stat(self.name, dir_fd=self.folders.fd, follow_symlinks=False)):
                 os.unlink(self.name, dir_fd=self.folders.fd)
         except FileNotFoundError:
             pass
         except OSError:
             return False
         return True
+
+    def is_same(self, found: os.stat_result) -> bool:
+        """Say whether `found` is this file, under whatever name."""
+        return os.path.samestat(self._id, found)
 
     def close_file(self) -> None:
         """Close the descriptor; a late write error may surface here (EIO, EDQUOT)."""

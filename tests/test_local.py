@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import mounted
 
-from ckptstore import posix
+from ckptstore import folder, posix
 from ckptstore.backends import local
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
@@ -351,7 +351,7 @@ def test_abort_does_not_close_the_file_under_a_writing_thread(
         go_on.wait()
         posix.write_all(fd, offset, view)  # would hit a closed descriptor, or somebody else's file
 
-    monkeypatch.setattr(local, "write_all", slow_write_all)
+    monkeypatch.setattr(folder, "write_all", slow_write_all)
     writer = backend.open_writer("data/x")
     errors: list[BaseException] = []
 
