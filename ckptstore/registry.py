@@ -17,6 +17,7 @@ _BUILTIN = {
     "file": "ckptstore.backends.local:LocalBackend",
     "memory": "ckptstore.backends.memory:MemoryBackend",
     "s3": "ckptstore.backends.s3:S3Backend",
+    "shared": "ckptstore.backends.shared:SharedBackend",
 }
 _EXTRAS = {"s3": "s3"}
 """Schemes that need ``pip install 'ckptstore[extra]'``."""
