@@ -15,11 +15,12 @@ ENTRY_POINT_GROUP = "ckptstore.backends"
 
 _BUILTIN = {
     "file": "ckptstore.backends.local:LocalBackend",
+    "gs": "ckptstore.backends.gcs:GcsBackend",
     "memory": "ckptstore.backends.memory:MemoryBackend",
     "s3": "ckptstore.backends.s3:S3Backend",
     "shared": "ckptstore.backends.shared:SharedBackend",
 }
-_EXTRAS = {"s3": "s3"}
+_EXTRAS = {"gs": "gcs", "s3": "s3"}
 """Schemes that need ``pip install 'ckptstore[extra]'``."""
 
 

