@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from gcs_rig import Service
+import stores
+import torch
+from gcs_rig import Answer, Fate, Request, Service, says
 
+from ckptstore import Store, retry
+from ckptstore.errors import CkptStoreError, InvalidOption, NoAtomicCreate
 from ckptstore.protocol import Backend
 from ckptstore.testing import BackendConformance
 
@@ -43,3 +51,150 @@ class TestConformance(BackendConformance):
 
     def raw_keys(self) -> Sequence[str]:
         return self.service.raw_keys(self.root)
+
+
+# -- a whole store
+
+
+def lost(obey: Callable[[], Answer], request: Request) -> None:
+    """The request never arrives."""
+
+
+def unanswered(obey: Callable[[], Answer], request: Request) -> None:
+    """It takes effect, and nobody is told."""
+    obey()
+
+
+KINDS: dict[str, Fate] = {
+    "lost": lost,
+    "unanswered": unanswered,
+    "503": lambda obey, request: says(503),
+    "429": lambda obey, request: says(429),
+    "502 after all": lambda obey, request: (obey(), says(502))[1],
+}
+
+
+class Nth:
+    """Deals so with request number `n`, and lets all others pass."""
+
+    def __init__(self, fate: Fate, n: int) -> None:
+        self.fate, self.left, self.lock = fate, n, threading.Lock()
+
+    def __call__(self, obey: Callable[[], Answer], request: Request) -> Answer | None:
+        with self.lock:
+            self.left -= 1
+            here = self.left == 0
+        return self.fate(obey, request) if here else obey()
+
+
+def test_some_requests_of_a_life_go_wrong(fake_gcs: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
+    kinds = itertools.cycle(KINDS.values())
+    for n in itertools.count(1, 5):
+        if not struck(fake_gcs, n, next(kinds)):
+            break
+    assert n > 20
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_request_of_a_life_goes_wrong(fake_gcs: Service, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
+    assert next(n for n in itertools.count(1) if not struck(fake_gcs, n, KINDS[kind])) > 20
+
+
+def struck(fake_gcs: Service, n: int, fate: Fate) -> bool:
+    """Live with this fate of request number `n`, and check all; return whether there were so many requests."""
+    url = fake_gcs.url(keep_last=2)
+    files = {"big": bytes(5 << 20), "small": b"x"}
+    nth = Nth(fate, n)
+    with fake_gcs.layer.fated(nth):
+        with Store(url, owner="job") as store:
+            saved = [stores.write(store, step=1), stores.write(store, step=2, files=files)]
+            store.tag("best", "latest")
+            saved += [stores.write(store, step=step) for step in (3, 4)]
+            store.gc()
+        with Store(url, owner="next") as store:
+            store.acquire()
+            assert store.names() == {"latest": saved[3], "best": saved[1]}
+            assert stores.contents(store, "best") == files
+            assert {c.id for c in store.checkpoints()} == {*saved[1:]}
+            assert store.verify() == []
+            assert store.checkpoint("best").verify_remote() == ([], [])
+    return nth.left <= 0
+
+
+def test_resume_and_remote_checksums(fake_gcs: Service) -> None:
+    url = fake_gcs.url()
+    with Store(url, owner="a") as store:
+        made = store.save({"w": torch.arange(2_000_000.0)}, step=7)
+    state = {"w": torch.zeros(2_000_000)}
+    with Store(url, owner="b") as store:
+        found = store.resume(state)
+        assert found is not None and found.step == 7
+        assert torch.equal(state["w"], torch.arange(2_000_000.0))
+        (name,) = [key for key in fake_gcs.raw_keys("") if made.id in key and key.endswith("state.pt")]
+        whole = fake_gcs.raw_get(name)
+        assert whole is not None
+        fake_gcs.raw_put(name, whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+        damage, _ = store.checkpoint("latest").verify_remote()
+        assert [d.path for d in damage] == ["state.pt"]
+
+
+def test_sixteen_save_at_once_and_none_loses(fake_gcs: Service) -> None:
+    url = fake_gcs.url(keep_last="all")
+    with Store(url, owner="one") as first:
+        first.acquire()
+
+    def save(i: int) -> str:
+        with Store(url, acquire=False) as store:
+            return stores.write(store, f"rank-{i}", step=i)
+
+    with ThreadPoolExecutor(16) as pool:
+        saved = list(pool.map(save, range(16)))
+    with Store(url, acquire=False) as store:
+        assert store.names() == {f"rank-{i}": saved[i] for i in range(16)}
+        assert store.verify() == []
+
+
+def test_an_emulator_that_ignores_generations_is_refused(fake_gcs: Service) -> None:
+    def ignore(obey: Callable[[], Answer], request: Request) -> Answer:
+        request.query.pop("ifGenerationMatch", None)
+        return fake_gcs.layer.obey(request)
+
+    with fake_gcs.layer.fated(ignore), Store(fake_gcs.url()) as store, pytest.raises(NoAtomicCreate, match="single_writer=1"):
+        stores.write(store)
+
+
+def test_an_upload_that_is_left_is_cancelled(fake_gcs: Service) -> None:
+    with Store(fake_gcs.url()) as store:
+        fated = fake_gcs.layer.fated(lambda obey, request: obey())
+        with fated as seen, pytest.raises(KeyError), store.transaction() as tx, tx.open("big") as file:
+            file.write(bytes(40 << 20))
+            raise KeyError
+        assert seen["cancel"] == 1
+        assert store.names() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bucket": "nowhere"}, "bucket"),
+        ({"fate": says(403)}, "permission|role"),
+    ],
+    ids=["no bucket", "no permission"],
+)
+def test_bad_input_is_told_in_one_line(fake_gcs: Service, change: dict[str, Any], message: str) -> None:
+    url = fake_gcs.url(retry_seconds=0).replace("gs://bucket/", f"gs://{change.get('bucket', 'bucket')}/")
+    fated = fake_gcs.layer.fated(lambda obey, request: change.get("fate") or obey())
+    with fated, Store(url) as store, pytest.raises(CkptStoreError, match=message) as caught:
+        stores.write(store)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["token=abc", "anon=2", "endpoint_url=http://user:pass@host", "nonsense=1"])
+def test_bad_options_are_refused_and_not_repeated(option: str) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        Store(f"gs://bucket/run?{option}")
+    assert "pass@" not in str(caught.value)
+    assert "abc" not in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 from ckptstore.registry import backend_class, schemes
 
 TEXT = (Path(__file__).parents[1] / "docs" / "storage.md").read_text(encoding="utf-8")
-SECTIONS = {"s3": "S3", "shared": "Shared file systems"}
+SECTIONS = {"gs": "Google Cloud Storage", "s3": "S3", "shared": "Shared file systems"}
 """Scheme -> the heading of its options."""
 
 
