@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sick_os import SickOS, Trouble, error_after, error_before, half, hide_new_names, old_listing, silly_rename
@@ -212,6 +213,31 @@ def test_every_trouble_at_every_call(tmp_path: Path, sick: SickOS, past: Past, o
 
 
 # --- what is not one call gone wrong
+
+
+def test_all_is_flushed_and_closed_before_the_link_and_the_folder_after_it(tmp_path: Path, sick: SickOS) -> None:
+    steps: list[str] = []
+
+    def note(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        name = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else str(args[0])
+        kind = "temp" if name.endswith(".partial") else os.path.relpath(name, tmp_path)
+        steps.append(f"{call.__name__.strip('_').replace('no_flush', 'fsync')} {kind}")
+        return call(*args, **kwargs)
+
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    backend.put_if_absent("log/1", b"settles what is above")
+    sick.start(lambda name, nth: note if name in ("pwrite", "fsync", "close", "link") else None)
+    backend.put_if_absent("log/2", b"2", lambda: steps.append("ready"))
+    put = [step for step in steps if not step.startswith("close") or step == "close temp"]
+    assert put == ["pwrite temp", "ready", "fsync temp", "close temp", "link temp", "fsync log"]
+    steps.clear()
+    writer = backend.open_writer("data/x/a")
+    writer.write(0, memoryview(b"a"), 0)
+    writer.start_finish()
+    writer.finish()
+    finish = [step for step in steps if not step.startswith("close") or step == "close temp"]
+    assert finish == ["pwrite temp", "fsync temp", "close temp", "fsync .", "fsync data", "link temp", "fsync data/x"]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
