@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -361,6 +362,16 @@ def test_a_file_system_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch
     with mounted(place, "none", "bind", str(image)):
         assert write(store) != first
         store.close()
+
+
+def test_a_file_system_that_is_mounted_again_as_another_device_is_the_same_store(tmp_path: Path) -> None:
+    (tmp_path / "run" / "log").mkdir(parents=True)
+    with Store(f"shared://{tmp_path}/run", owner="me") as store:
+        first = write(store)
+        (tmp_path / "run").rename(tmp_path / "old")
+        shutil.copytree(tmp_path / "old", tmp_path / "run")  # other inodes
+        second = write(store)
+        assert {c.id for c in store} == {first, second}
 
 
 def test_no_permission_and_no_quota(shared: SharedFolder, monkeypatch: pytest.MonkeyPatch) -> None:

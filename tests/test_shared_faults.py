@@ -20,7 +20,7 @@ from stores import contents, state_of, store_on, write
 from ckptstore import Store
 from ckptstore.backends import shared
 from ckptstore.backends.shared import SharedBackend
-from ckptstore.errors import AlreadyExists, CkptStoreError, CommitUnknown, Fenced, NoAtomicCreate
+from ckptstore.errors import AlreadyExists, BackendError, CkptStoreError, CommitUnknown, Fenced, NoAtomicCreate, NotFound
 from ckptstore.record import Record
 
 FILES = {"a": b"first", "b/c": b"second" * 1000, "d": b""}
@@ -350,3 +350,114 @@ def test_two_links_that_both_say_that_they_won(tmp_path: Path, sick: SickOS) -> 
     with pytest.raises(AlreadyExists):
         second.put_if_absent("log/1", b"second")
     assert second.get("log/1", 10) == b"first"
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EIO])
+def test_the_count_of_links_tells_when_the_name_is_not_seen_yet(tmp_path: Path, sick: SickOS, number: int) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    made = error_after(number)
+
+    def hidden(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        if args[0] == "1":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return call(*args, **kwargs)
+
+    sick.start(lambda name, nth: made if name == "link" else hidden if name == "stat" else None)
+    backend.put_if_absent("log/1", b"1")
+    assert backend.get("log/1", 1) == b"1"
+
+
+def test_a_folder_that_has_become_stale_is_opened_anew_for_the_link(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    stale: list[int] = []
+
+    def link(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        stale[:] = stale or [os.dup(kwargs["dst_dir_fd"]), kwargs["dst_dir_fd"]]
+        if kwargs["dst_dir_fd"] in stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return call(*args, **kwargs)
+
+    sick.start(lambda name, nth: link if name == "link" else None)
+    backend.put_if_absent("log/1", b"1")
+    assert backend.get("log/1", 1) == b"1"
+    os.close(stale[0])
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_a_rename_that_was_made_counts(tmp_path: Path, sick: SickOS, number: int) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    sick.start(lambda name, nth: error_after(number) if name == "replace" else None)
+    backend.replace("hint", b"new")
+    assert backend.get("hint", 3) == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["hint", "log"]
+
+
+@pytest.mark.parametrize(
+    ("method", "known", "times", "found"),
+    [
+        ("stat", False, 1, True),
+        ("stat", False, 2, False),  # the newest slot is found by looking at what is not there
+        ("stat", True, 4, True),
+        ("get", False, 4, True),  # its folder lists it
+        ("get", True, 4, True),
+        ("get", False, 10**6, None),
+        ("stat", True, 10**6, None),
+    ],
+)
+def test_what_is_missing_is_looked_for_again(
+    tmp_path: Path, sick: SickOS, method: str, known: bool, times: int, found: bool | None
+) -> None:
+    (tmp_path / "log").mkdir()
+    backend_at(tmp_path).put_if_absent("log/1", b"1")
+    backend = backend_at(tmp_path)
+    if known:
+        backend.stat("log/1")
+    left = times
+
+    def missing(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        nonlocal left
+        if args[0] == "1" and left:
+            left -= call.__name__ == method.replace("get", "open")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return call(*args, **kwargs)
+
+    def look() -> object:
+        return backend.stat("log/1") if method == "stat" else backend.get("log/1", 1)
+
+    sick.start(lambda name, nth: missing if name in ("open", "stat") else None)
+    if found:
+        assert look()
+    else:
+        with pytest.raises(BackendError if found is None else NotFound):
+            look()
+
+
+@pytest.mark.parametrize("call", PATHS)
+def test_what_the_server_calls_stale_is_opened_anew(tmp_path: Path, sick: SickOS, call: str) -> None:
+    """Nobody is told of it but by the time it takes."""
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    backend.put_if_absent("log/1", b"1")
+    struck = 0
+    for act in (
+        lambda: backend.get("log/1", 1),
+        lambda: backend.stat("log/1"),
+        lambda: backend.read_into("log/1", 0, memoryview(bytearray(1))),
+        lambda: list(backend.list("")),
+        lambda: backend.replace("hint", b"x"),
+        lambda: backend.put_if_absent("data/x/a", b"x"),
+        lambda: backend.put_if_absent("data/y/a", b"x"),
+        lambda: backend.open_writer("data/z/a").abort(),
+        lambda: backend.delete(["data/x/a"]),
+        lambda: backend.delete(["data/y/a"]),
+    ):
+        sick.start(lambda name, nth: error_before(errno.ESTALE) if name == call and nth <= 2 else None)
+        act()
+        struck += sick.seen[call]
+        sick.heal()
+    found = [info.key for info in backend.list("")]
+    assert [key for key in found if not key.endswith(("/", ".partial"))] == ["hint", "log/1"]
+    assert struck or call in ("listdir", "lstat")
