@@ -179,7 +179,7 @@ def check_past(job: Job, operation: Operation) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
-@pytest.mark.parametrize("most", [60, pytest.param(10**6, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.soak)])
 def test_every_trouble_at_every_call(tmp_path: Path, sick: SickOS, past: Past, operation: Operation, most: int) -> None:
     job = Job(past, tmp_path / "peace", warm=operation.warm)
     sick.start(lambda name, nth: None)
@@ -398,6 +398,8 @@ def test_a_rename_that_was_made_counts(tmp_path: Path, sick: SickOS, number: int
 @pytest.mark.parametrize(
     ("method", "known", "times", "found"),
     [
+        ("stat", "created", 4, True),
+        ("stat", "met", 4, True),
         ("stat", False, 1, True),
         ("stat", False, 2, False),  # the newest slot is found by looking at what is not there
         ("stat", True, 4, True),
@@ -408,12 +410,15 @@ def test_a_rename_that_was_made_counts(tmp_path: Path, sick: SickOS, number: int
     ],
 )
 def test_what_is_missing_is_looked_for_again(
-    tmp_path: Path, sick: SickOS, method: str, known: bool, times: int, found: bool | None
+    tmp_path: Path, sick: SickOS, method: str, known: bool | str, times: int, found: bool | None
 ) -> None:
     (tmp_path / "log").mkdir()
-    backend_at(tmp_path).put_if_absent("log/1", b"1")
     backend = backend_at(tmp_path)
-    if known:
+    (backend if known == "created" else backend_at(tmp_path)).put_if_absent("log/1", b"1")
+    if known == "met":
+        with pytest.raises(AlreadyExists):
+            backend.put_if_absent("log/1", b"2")
+    elif known is True:
         backend.stat("log/1")
     left = times
 
@@ -461,3 +466,20 @@ def test_what_the_server_calls_stale_is_opened_anew(tmp_path: Path, sick: SickOS
     found = [info.key for info in backend.list("")]
     assert [key for key in found if not key.endswith(("/", ".partial"))] == ["hint", "log/1"]
     assert struck or call in ("listdir", "lstat")
+
+
+def test_a_file_that_could_not_be_made_durable_has_no_name(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    for nth in range(1, 100):
+        backend = backend_at(tmp_path)
+        writer = backend.open_writer("data/x/a")
+        writer.write(0, memoryview(b"a"), 0)
+        sick.start(lambda name, n, nth=nth: error_before(errno.EIO) if name == "fsync" and n == nth else None)  # type: ignore[misc]
+        try:
+            writer.finish()
+        except BackendError:
+            writer.abort()
+            assert list(backend.list("")) == []
+        else:
+            break
+    assert nth > 4
