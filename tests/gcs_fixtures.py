@@ -8,8 +8,6 @@ from contextlib import closing
 import pytest
 from gcs_rig import Service
 
-from ckptstore.backends.gcs import GcsBackend
-
 pytest_plugins = ("services",)
 
 
@@ -29,11 +27,3 @@ def fake_gcs(gcs_server: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
     """The service, and nothing in the environment that leads elsewhere."""
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     return gcs_server
-
-
-@pytest.fixture
-def backend(fake_gcs: Service) -> Iterator[GcsBackend]:
-    """A new place."""
-    opened = fake_gcs.backend()
-    yield opened
-    opened.close()
