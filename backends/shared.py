@@ -28,7 +28,7 @@ from ckptstore.errors import (
     NotFound,
 )
 from ckptstore.folder import MOVED, FolderBackend, FolderWriter, absolute, segments
-from ckptstore.mounts import file_system, is_local
+from ckptstore.mounts import file_system, is_local, two_may_link
 from ckptstore.posix import NO_LINKS, REFUSED, Folders, NewFile, mapped_errors, nearest_existing, start_writeback, write_all
 from ckptstore.protocol import Capabilities, ObjectInfo, PartWriter
 
@@ -67,6 +67,7 @@ class SharedBackend(FolderBackend):
             atomic_create=True, durable=True, part_size=write_size or _LEAST_WRITE, parallel=2, probe=True
         )
         self._is_store = False
+        self._kind: str | None = None  # of file system
         # Keys that were there. One that is missing now is looked for again: it is more likely that the cache is wrong.
         self._seen: dict[str, None] = {}
 
@@ -93,6 +94,7 @@ class SharedBackend(FolderBackend):
 
     def put_if_absent(self, key: str, data: bytes, ready: Callable[[], object] | None = None) -> None:
         """See `Backend.put_if_absent`."""
+        self._refuse_two_winners()
         with mapped_errors("create", self._path(key)), self._new_file(key) as new:
             write_all(new.fd, 0, memoryview(data))
             if ready:
@@ -344,6 +346,14 @@ class SharedBackend(FolderBackend):
             why = f"this is on {kind}, a disk of this machine, and a new store was not begun; is the shared file system mounted?"
             how = f"Name a store on this disk file://{self.root}; if other hosts mount the disk, make the folder {self.root}/{_LOG} first"
             raise BackendError(errno.ENOENT, f"{why} {how}", self.root)
+
+    def _refuse_two_winners(self) -> None:
+        if not self._is_store:  # it may be mounted yet
+            self._kind = file_system(nearest_existing(self.root))
+        if two_may_link(self._kind):
+            why = f"on {self._kind} create-if-absent fails: link() can succeed on two hosts at once, so two jobs could both believe"
+            how = "add single_writer=1 to the URL if you make sure that only one job ever writes"
+            raise NoAtomicCreate(errno.EOPNOTSUPP, f"{why} that they committed; {how}", self.root)
 
     def _size_writes(self, root_fd: int) -> None:
         """Write whole blocks, or stripes, of the file system, as it recommends them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["file_system", "is_local", "is_shared"]
+__all__ = ["file_system", "is_local", "is_shared", "two_may_link"]
 
 _MOUNTS = "/proc/self/mountinfo"  # proc_pid_mountinfo(5)
 _SHARED = frozenset(
@@ -15,6 +15,9 @@ _LOCAL = frozenset(
     {"bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuse.fuse-overlayfs", "fuseblk", "jfs", "msdos"}
     | {"nilfs2", "ntfs3", "overlay", "ramfs", "reiserfs", "rootfs", "squashfs", "tmpfs", "vfat", "xfs", "zfs"}
 )
+
+# Its clients look for the name in what each of them remembers, and then have the server replace whatever has it (seen with 4.48).
+_TWO_MAY_LINK = frozenset({"fuse.seaweedfs"})
 
 
 def file_system(path: str) -> str | None:
@@ -45,3 +48,8 @@ def is_shared(kind: str | None) -> bool:
 def is_local(kind: str | None) -> bool:
     """Say whether file systems of this kind are on a disk, or in the memory, of this machine."""
     return kind in _LOCAL
+
+
+def two_may_link(kind: str | None) -> bool:
+    """Say whether two hosts can both win a `link` to one name on file systems of this kind, which no single host can find out."""
+    return kind in _TWO_MAY_LINK

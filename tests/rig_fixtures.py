@@ -1,0 +1,48 @@
+"""Real shared file systems, each mounted twice, as fixtures; a test module takes them in with ``pytest_plugins``."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import shared_rigs
+from conftest import require
+
+
+@contextmanager
+def started(kind: str, folder: Path) -> Iterator[Path]:
+    """Have a rig of `shared_rigs` for the length of the block, mounted on ``a`` and ``b`` in `folder`."""
+    missing = shared_rigs.missing(kind)
+    require(not missing, f"{kind} needs {', '.join(missing)}")
+    log = folder / "log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            shared_rigs.command(kind, folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the tests; then we end it
+        ) as rig,
+    ):
+        assert rig.stdin
+        assert rig.stdout
+        try:
+            require(
+                rig.stdout.readline() == "ready\n", f"{kind} cannot be mounted here: {log.read_text(errors='replace')[-2000:]}"
+            )
+            yield folder
+        finally:
+            rig.stdin.close()
+            rig.wait(30)
+
+
+@pytest.fixture(scope="session")
+def weed_mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder with two mounts of SeaweedFS."""
+    with started("seaweedfs", tmp_path_factory.mktemp("seaweedfs")) as folder:
+        yield folder

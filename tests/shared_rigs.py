@@ -1,0 +1,120 @@
+"""Real shared file systems on one machine, each with its servers and two clients that cache for themselves.
+
+``python shared_rigs.py KIND FOLDER`` mounts one on FOLDER/a and FOLDER/b, says "ready", and takes it down when its standard input ends,
+which it also does when whoever started it is killed. It must run in network and process namespaces of its own, as `command` has it:
+the servers use fixed ports, and the kernel ends them with the first process of the namespace, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+__all__ = ["KINDS", "command", "missing"]
+
+_PATIENCE = 60
+"""Seconds that a server or a client may take to begin."""
+_SIOCSIFFLAGS, _SIOCSIFADDR, _IFF_UP = 0x8914, 0x8916, 1
+_ADDRESS = "10.77.0.1"  # GlusterFS and MooseFS do not want to be on 127.0.0.1
+
+
+def _run(*arguments: object) -> None:
+    subprocess.run([str(a) for a in arguments], check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+
+
+def _start(*arguments: object) -> None:
+    subprocess.Popen([str(a) for a in arguments], stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+
+
+def _wait(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not begin")
+        time.sleep(0.1)
+
+
+def _listens(port: int) -> bool:
+    lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]
+    return any(int(address.partition(":")[2], 16) == port and state == "0A" for _, address, _, state, *_ in map(str.split, lines))
+
+
+def _network() -> None:
+    """Give the loopback interface of this new namespace an address beside 127.0.0.1. See netdevice(7)."""
+    with socket.socket() as sock:
+        for call, request in (
+            (_SIOCSIFADDR, struct.pack("16sHH4s8x", b"lo:1", socket.AF_INET, 0, socket.inet_aton(_ADDRESS))),
+            (_SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP)),
+        ):
+            fcntl.ioctl(sock, call, request)
+
+
+def _both(folder: Path, mount: Callable[[Path, str], None]) -> None:
+    for name in ("a", "b"):
+        place = folder / name
+        place.mkdir()
+        mount(place, name)
+        _wait(lambda place=place: os.path.ismount(place), f"the mount {name}")
+
+
+def _folders(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+@contextmanager
+def _seaweedfs(folder: Path) -> Iterator[None]:
+    _folders(folder, "data", "cache-a", "cache-b")
+    os.chdir(folder)  # it also writes here
+    ports = random.sample(range(20000, 30000), 8)  # each names a socket in /tmp, which we share with other namespaces
+    names = [f"{part}.port{more}" for part in ("master", "volume", "filer", "admin") for more in ("", ".grpc")]
+    numbers = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+    local = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    _start("weed", "mini", f"-dir={folder}/data", *local, "-s3=false", "-webdav=false", "-admin.ui=false", *numbers)
+    _wait(lambda: all(_listens(port) for port in ports[:6]), "the filer")
+    filer = f"-filer=127.0.0.1:{ports[4]}.{ports[5]}"
+    _both(folder, lambda place, name: _start("weed", "mount", filer, f"-dir={place}", f"-cacheDir={folder}/cache-{name}"))
+    yield
+
+
+KINDS: dict[str, tuple[Callable[[Path], AbstractContextManager[None]], tuple[str, ...]]] = {
+    "seaweedfs": (_seaweedfs, ("weed", "fusermount3")),
+}
+"""How each kind is started, and the programs that it needs."""
+
+
+def missing(kind: str) -> list[str]:
+    """Return what the rig needs and this machine does not have."""
+    found = [name for name in ("unshare", *KINDS[kind][1]) if not shutil.which(name)]
+    return [*found, *(() if os.path.exists("/dev/fuse") else ["/dev/fuse"]), *(() if os.geteuid() == 0 else ["root"])]
+
+
+def command(kind: str, folder: Path) -> list[str]:
+    """Return the command that starts a rig."""
+    return ["unshare", "--net", "--pid", "--fork", "--kill-child", sys.executable, __file__, kind, str(folder)]
+
+
+def _main(kind: str, folder: Path) -> None:
+    _network()
+    try:
+        with KINDS[kind][0](folder):
+            print("ready", flush=True)
+            sys.stdin.read()
+    finally:
+        for name in ("a", "b"):
+            if os.path.ismount(folder / name):
+                subprocess.run(["umount", "-l", str(folder / name)], check=False)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]))
