@@ -1,6 +1,7 @@
 """A reverse proxy in front of a real HTTP service, which does to chosen requests what networks and services do.
 
-It reads each request whole, and sends it on as it came: with its ``Host``, which is part of an S3 signature.
+It reads each request whole, and sends it on as it came: with its ``Host``, which is part of an S3 signature. A request without a
+``Content-Length`` is refused (411).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ __all__ = [
     "cut",
     "error_inside",
     "lost",
+    "silent",
+    "silent_after",
     "stale",
     "unanswered",
 ]
@@ -66,6 +69,8 @@ class Exchange:
     """Sends an answer to the client."""
     reset: Callable[[], None]
     """Breaks the connection to the client (RST)."""
+    wait: Callable[[], object]
+    """Returns when the client hangs up."""
 
 
 Fault = Callable[[Exchange], None]
@@ -80,6 +85,17 @@ def unanswered(x: Exchange) -> None:
     """The request takes effect, and the connection breaks before the answer."""
     x.forward()
     x.reset()
+
+
+def silent(x: Exchange) -> None:
+    """The request never arrives, and nothing is said, for as long as the client waits."""
+    x.wait()
+
+
+def silent_after(x: Exchange) -> None:
+    """The request takes effect, and nothing is said, for as long as the client waits."""
+    x.forward()
+    x.wait()
 
 
 def cut(x: Exchange) -> None:
@@ -131,8 +147,6 @@ class FaultyProxy:
         self._plan: list[tuple[Fault, Callable[[Request], bool]]] = []
         self.requests: list[Request] = []
         """All that came, without their bodies."""
-        self.answers: list[Answer] = []
-        """What the service answered, in the order in which it did."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -143,13 +157,14 @@ class FaultyProxy:
             def _serve(self) -> None:
                 proxy._serve(self)
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _serve
 
             def log_message(self, *_: Any) -> None:
                 pass
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 128  # whom a full queue turns away comes back after a second
 
             def handle_error(self, *_: Any) -> None:
                 pass  # clients hang up
@@ -178,6 +193,10 @@ class FaultyProxy:
         self._plan.clear()
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.headers.get("Transfer-Encoding"):
+            handler.close_connection = True
+            handler.send_error(411)
+            return
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         request = Request(handler.command, handler.path, list(handler.headers.items()), body)
         with self._lock:
@@ -205,13 +224,14 @@ class FaultyProxy:
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             handler.connection.close()
 
-        exchange = Exchange(request, lambda: self._forward(request), reply, reset)
+        exchange = Exchange(request, lambda: self.send(request), reply, reset, lambda: handler.connection.recv(1))
         if found:
             found[0](exchange)
         else:
             reply(exchange.forward())
 
-    def _forward(self, request: Request) -> Answer:
+    def send(self, request: Request) -> Answer:
+        """Send a request to the service, and return its answer."""
         connection = http.client.HTTPConnection(*self._upstream, timeout=60)
         try:
             connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
@@ -219,12 +239,9 @@ class FaultyProxy:
                 connection.putheader(name, value)
             connection.endheaders(request.body)
             got = connection.getresponse()
-            it = Answer(got.status, got.getheaders(), got.read())
+            return Answer(got.status, got.getheaders(), got.read())
         finally:
             connection.close()
-        with self._lock:
-            self.answers.append(it)
-        return it
 
     def __enter__(self) -> FaultyProxy:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
