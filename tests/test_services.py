@@ -112,7 +112,7 @@ def test_servers_do_not_outlive_their_tests(tmp_path: Path, how: str) -> None:
     require(sys.platform == "linux", "needs Linux")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     assert done.returncode == (-signal.SIGKILL if how == "kill" else 0)
-    with pytest.raises(OSError, match="refused|reset"):  # reset: it is dying
+    with pytest.raises(OSError, match=r"refused|reset"):  # reset: it is dying
         urllib.request.urlopen(done.stdout.strip())
 
 
