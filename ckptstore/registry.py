@@ -31,7 +31,7 @@ def _third_party() -> dict[str, str]:
 
 
 def schemes() -> list[str]:
-    """Return every scheme that can be opened, sorted."""
+    """Return every scheme that has a backend of its own, sorted; those of fsspec can be opened too."""
     return sorted({*_BUILTIN, *_third_party()})
 
 
@@ -43,10 +43,7 @@ def backend_class(scheme: str) -> type[Backend]:
     """
     target = _BUILTIN.get(scheme) or _third_party().get(scheme)
     if target is None:
-        known = schemes()
-        near = difflib.get_close_matches(scheme, known, 1)
-        hint = f"; did you mean {near[0]}://?" if near else ""
-        raise UnknownScheme(f"unknown URL scheme {scheme!r}{hint} Known: {', '.join(known)}, or a plain path.")
+        return _of_fsspec(scheme)
     module, _, name = target.partition(":")
     try:
         backend: type[Backend] = getattr(import_module(module), name)
@@ -54,3 +51,16 @@ def backend_class(scheme: str) -> type[Backend]:
         hint = f"; pip install 'ckptstore[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
         raise UnknownScheme(f"the backend for {scheme}:// ({target}) cannot be imported: {exc}{hint}") from exc
     return backend
+
+
+def _of_fsspec(scheme: str) -> type[Backend]:
+    try:
+        found: type[Backend] | None = import_module("ckptstore.backends.fsspec").backend_for(scheme)
+    except ImportError as exc:
+        raise UnknownScheme(f"{scheme}:// needs a package that is not there: {exc}") from exc
+    if found is None:
+        known = schemes()
+        near = difflib.get_close_matches(scheme, known, 1)
+        hint = f"; did you mean {near[0]}://?" if near else "."
+        raise UnknownScheme(f"unknown URL scheme {scheme!r}{hint} Known: {', '.join(known)}, fsspec's, or a plain path.")
+    return found
