@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import socket
 from collections.abc import Iterator
 
 from ckptstore.errors import (
@@ -22,37 +21,42 @@ from ckptstore.errors import (
 __all__ = ["typed_error"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# In the names of exceptions, of Python, aiohttp, azure.core, botocore, httpx, paramiko and requests:
 _LOST = re.compile(r"Timeout|Connect|Disconnect|EOF|Payload|Service(Request|Response)Error|SSHException")
-"""In the names of exceptions that stand for a lost connection, in aiohttp, azure.core, botocore, httpx, paramiko and requests."""
+_DENIED = re.compile(r"Authentication")
+_NOBODY = re.compile(r"ConnectionRefused|NoValidConnections|gaierror")
 
 
 def typed_error(exc: Exception, what: str, doing: str, creating: bool) -> CkptStoreError:
     """Return our error for `exc`, met while `doing` something; `what` begins the message. See `FsspecBackend.errors`."""
     status = _status(exc)
     told = f"{what}: {_told(exc)}"
-    if creating and (isinstance(exc, FileExistsError) or status == 412):
+    if not creating:
+        return _error(exc, status, told, doing)
+    if isinstance(exc, FileExistsError) or status == 412:
         return AlreadyExists(f"{what}: it exists already, and was left as it is")
-    if status == 404 or (isinstance(exc, FileNotFoundError) and status is None and not _lost(exc)):
+    # The libraries repeat requests: whatever the last one was told, an earlier one may have taken effect.
+    return Ambiguous(str(_error(exc, status, told, doing)))
+
+
+def _error(exc: Exception, status: int | None, told: str, doing: str) -> CkptStoreError:
+    if status == 404 or (isinstance(exc, FileNotFoundError) and status is None and not _is(_LOST, exc)):
         if doing in ("read", "look at") and isinstance(exc, FileNotFoundError):
             return NotFound(told)
         return BackendError(f"{told}; is there such a bucket, container or folder? Make it, or correct the URL")
-    if isinstance(exc, PermissionError) or status in (401, 403):
+    if isinstance(exc, PermissionError) or status in (401, 403) or _is(_DENIED, exc):
         return PermissionDenied(
             f"{told}; check the credentials (see docs/storage.md for where they come from) and what they may do"
         )
-    if any(isinstance(e, (ConnectionRefusedError, socket.gaierror)) for e in _causes(exc)):
+    if _is(_NOBODY, exc):
         return Transient(f"{told}; nobody answers there: check the address and the network")
-    if status == 429:
+    if status in (429, 503):
         return Throttled(told)
     if status is not None and status < 500 and status not in (408, 409):
         return BackendError(told)
     if isinstance(exc, OSError) and exc.errno in _FULL:
         return StorageFull(exc.errno, told)
-    if creating:
-        return Ambiguous(told)
-    if status == 503:
-        return Throttled(told)
-    return Transient(told) if status is not None or _lost(exc) else BackendError(told)
+    return Transient(told) if status is not None or _is(_LOST, exc) else BackendError(told)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
@@ -80,8 +84,9 @@ def _status(exc: Exception) -> int | None:
     return None
 
 
-def _lost(exc: Exception) -> bool:
-    return any(isinstance(e, (TimeoutError, ConnectionError)) or _LOST.search(type(e).__name__) for e in _causes(exc))
+def _is(names: re.Pattern[str], exc: Exception) -> bool:
+    """Return whether `names` is found in the name of a class of `exc`, or of what it came from."""
+    return any(names.search(kind.__name__) for e in _causes(exc) for kind in type(e).__mro__)
 
 
 def _told(exc: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whatever fsspec has a protocol for: ``abfs://container/run-42``, ``sftp://host/path``, ``hf://…``, ``s3fs://bucket/run-42`` (S3 through s3fs).
+"""Whatever fsspec has a protocol for: ``abfs://container/run-42``, ``sftp://host/path``, ``s3fs://bucket/run-42`` (S3 through s3fs) …
 
 ``fsspec+NAME://`` means fsspec's protocol NAME also where ckptstore has a backend of its own. Credentials, and every other setting of a
 file system, come from where its library finds them or from fsspec's configuration: ``FSSPEC_SFTP_PASSWORD=…`` in the environment, or
@@ -33,7 +33,7 @@ from ckptstore.protocol import Capabilities, ObjectInfo, PartWriter
 
 from ._fsspec_errors import typed_error
 
-__all__ = ["FsspecBackend", "backend_for"]
+__all__ = ["FsspecBackend", "backend_for", "protocols"]
 
 _ATOMIC = frozenset(
     {
@@ -65,6 +65,13 @@ _OPTIONS = {
 }
 
 
+def protocols() -> list[str]:
+    """Return what fsspec has a protocol for, without looking whether the packages are there."""
+    import fsspec
+
+    return [*fsspec.available_protocols(), *_NAMES]
+
+
 def backend_for(scheme: str) -> type[FsspecBackend] | None:
     """Return the backend for a URL scheme, None if fsspec has no such protocol, or one that only wraps others (caches).
 
@@ -82,7 +89,7 @@ def backend_for(scheme: str) -> type[FsspecBackend] | None:
 
 
 class FsspecBackend:
-    """A folder of some fsspec file system; `backend_for` makes the class for one protocol. Thread-safe, and usable on both sides of a fork."""
+    """A folder of some fsspec file system; `backend_for` makes the class for one protocol. Usable on both sides of a fork."""
 
     options: ClassVar[Mapping[str, str]] = {}
     scheme: ClassVar[str]
@@ -268,6 +275,8 @@ class FsspecBackend:
                 yield fs, f"{root}/{key}".rstrip("/")
         except CkptStoreError:
             raise
+        except ImportError as exc:
+            raise BackendError(f"{self.url}: {self.protocol} needs a package that is not there: {exc}") from exc
         except Exception as exc:
             raise typed_error(exc, f"could not {doing} {self.url}/{key}", doing, creating) from exc
 
@@ -288,7 +297,8 @@ class FsspecBackend:
 class _FsspecWriter:
     """See `PartWriter`. Where a file shows while it is being written, it has a temporary name.
 
-    A file object of fsspec publishes what it has got when it is closed, by ``with``, or when Python collects it: so `abort` marks it as closed.
+    A file object of fsspec publishes what it has got when it is closed, by ``with``, or when Python collects it: so `abort` marks it
+    as closed.
     """
 
     def __init__(self, backend: FsspecBackend, key: str, *, replacing: bool = False) -> None:

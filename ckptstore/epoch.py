@@ -210,15 +210,18 @@ class Writer:
 
         Raises:
             NoAtomicCreate
+            BackendError: there was no answer, or nothing can be written.
         """
         key, created = f"probe/{new_op()}", False
+        unanswered: Ambiguous | None = None
         try:
             for _ in range(_PROBES):
                 try:
                     self._backend.put_if_absent(key, b"is create-if-absent obeyed here?\n")
                 except AlreadyExists:
                     return
-                except Ambiguous:
+                except Ambiguous as exc:
+                    unanswered = exc
                     continue
                 if created:
                     raise NoAtomicCreate(
@@ -226,7 +229,8 @@ class Writer:
                         "they committed; add single_writer=1 to the URL if you make sure that only one job ever writes"
                     )
                 created = True
-            raise BackendError(f"{self._backend.url} gave no answer that tells whether it obeys create-if-absent; try again")
+            self._backend.replace(key, b"an ordinary write says plainly if it is not allowed\n")
+            raise BackendError(f"could not find out whether create-if-absent is obeyed: {unanswered}") from unanswered
         finally:
             with suppress(CkptStoreError):
                 self._backend.delete([key])

@@ -20,7 +20,16 @@ _BUILTIN = {
     "s3": "ckptstore.backends.s3:S3Backend",
     "shared": "ckptstore.backends.shared:SharedBackend",
 }
-_EXTRAS = {"gs": "gcs", "s3": "s3"}
+_EXTRAS = {
+    "abfs": "azure",
+    "abfss": "azure",
+    "az": "azure",
+    "gs": "gcs",
+    "s3": "s3",
+    "s3fs": "s3fs",
+    "sftp": "sftp",
+    "ssh": "sftp",
+}
 """Schemes that need ``pip install 'ckptstore[extra]'``."""
 
 
@@ -48,19 +57,23 @@ def backend_class(scheme: str) -> type[Backend]:
     try:
         backend: type[Backend] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as exc:
-        hint = f"; pip install 'ckptstore[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
-        raise UnknownScheme(f"the backend for {scheme}:// ({target}) cannot be imported: {exc}{hint}") from exc
+        raise UnknownScheme(f"the backend for {scheme}:// ({target}) cannot be imported: {exc}{_install(scheme)}") from exc
     return backend
 
 
+def _install(scheme: str) -> str:
+    return f"; pip install 'ckptstore[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else ""
+
+
 def _of_fsspec(scheme: str) -> type[Backend]:
+    fsspec = import_module("ckptstore.backends.fsspec")
     try:
-        found: type[Backend] | None = import_module("ckptstore.backends.fsspec").backend_for(scheme)
+        found: type[Backend] | None = fsspec.backend_for(scheme)
     except ImportError as exc:
-        raise UnknownScheme(f"{scheme}:// needs a package that is not there: {exc}") from exc
+        raise UnknownScheme(f"{scheme}:// needs a package that is not there: {exc}{_install(scheme)}") from exc
     if found is None:
         known = schemes()
-        near = difflib.get_close_matches(scheme, known, 1)
+        near = difflib.get_close_matches(scheme, [*known, *fsspec.protocols()], 1)
         hint = f"; did you mean {near[0]}://?" if near else "."
         raise UnknownScheme(f"unknown URL scheme {scheme!r}{hint} Known: {', '.join(known)}, fsspec's, or a plain path.")
     return found

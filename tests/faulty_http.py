@@ -159,6 +159,11 @@ class FaultyProxy:
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _serve
 
+            def handle_expect_100(self) -> bool:
+                super().handle_expect_100()
+                self.wfile.flush()  # the client waits for it
+                return True
+
             def log_message(self, *_: Any) -> None:
                 pass
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import boto3
 import fsspec
 import pytest
+from azure.core.exceptions import ResourceNotFoundError
+from azure.storage.blob import ContainerClient
+from sftp_rig import PASSWORD, USER, sftp_server
 
 from ckptstore.backends.fsspec import backend_for
 from ckptstore.protocol import Backend
@@ -81,21 +85,45 @@ class TestMemory(BackendConformance):
         return fsspec.filesystem("memory").store  # type: ignore[no-any-return]
 
 
-class _OnS3(BackendConformance):
+@pytest.mark.soak  # it takes a minute, and above the wire it is the same
+class TestSftp(TestLocal):
+    """asyncssh's server and paramiko."""
+
+    threads = 8
+
+    @pytest.fixture(autouse=True)
+    def _open_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setitem(fsspec.config.conf, "sftp", {"password": PASSWORD})
+        self.place = tmp_path
+        with sftp_server(tmp_path) as self.port:
+            self.backend = self.make_backend(tmp_path)
+            yield
+            self.backend.close()
+
+    def make_backend(self, place: Path) -> Backend:
+        self.secrets = [PASSWORD]
+        return SingleWriter(_opened("sftp", f"127.0.0.1:{self.port}/runs/42", username=USER))
+
+
+class TestS3fs(BackendConformance):
+    """SeaweedFS through s3fs."""
+
     finish_may_overwrite = True
-    options: dict[str, str]
+    many = 300  # a thousand take a quarter of a minute, and pages are the library's business
+    rounds = 1  # who loses there waits in steps of a second
 
-    def prepare(self, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        import boto3
-
-        for name, value in server.env.items():
+    @pytest.fixture(autouse=True)
+    def _open_place(self, tmp_path: Path, seaweedfs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        for name, value in seaweedfs.env.items():
             monkeypatch.setenv(name, value)
-        self.location = _place(server)
-        self.endpoint_url = server.endpoint_url
+        self.location, self.endpoint_url = _place(seaweedfs), seaweedfs.endpoint_url
         self.bucket, _, self.prefix = f"{self.location}/".partition("/")
-        keys = server.env["AWS_ACCESS_KEY_ID"], server.env["AWS_SECRET_ACCESS_KEY"]
-        self.client = boto3.Session(*keys, region_name="us-east-1").client("s3", endpoint_url=server.endpoint_url)
+        keys = seaweedfs.env["AWS_ACCESS_KEY_ID"], seaweedfs.env["AWS_SECRET_ACCESS_KEY"]
+        self.client = boto3.Session(*keys, region_name="us-east-1").client("s3", endpoint_url=self.endpoint_url)
         self.secrets = keys[1:]
+        self.place, self.backend = tmp_path, self.make_backend(tmp_path)
+        yield
+        self.backend.close()
 
     def make_backend(self, place: Path) -> Backend:
         return _opened("s3fs", self.location, endpoint_url=self.endpoint_url)
@@ -114,24 +142,37 @@ class _OnS3(BackendConformance):
         return [item["Key"].removeprefix(self.prefix) for page in pages for item in page.get("Contents", ())]
 
 
-class TestS3fsOnMoto(_OnS3):
-    many = 1010
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's advice to azure-core
+class TestAzure(BackendConformance):
+    """Azurite through adlfs."""
+
+    finish_may_overwrite = True
+    many = 300
 
     @pytest.fixture(autouse=True)
-    def _open_place(self, tmp_path: Path, moto: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        self.prepare(moto, monkeypatch)
+    def _open_place(self, tmp_path: Path, azurite: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        for name, value in azurite.env.items():
+            monkeypatch.setenv(name, value)
+        self.location = _place(azurite)
+        container, _, self.prefix = f"{self.location}/".partition("/")
+        (connection,) = azurite.env.values()
+        self.secrets = re.findall("AccountKey=([^;]*)", connection)
         self.place, self.backend = tmp_path, self.make_backend(tmp_path)
-        yield
+        with ContainerClient.from_connection_string(connection, container) as self.client:
+            yield
         self.backend.close()
 
+    def make_backend(self, place: Path) -> Backend:
+        return _opened("abfs", self.location)
 
-class TestS3fsOnSeaweedFS(_OnS3):
-    many = 1010
-    rounds = 2  # who loses there waits in steps of a second
+    def raw_get(self, key: str) -> bytes | None:
+        try:
+            return bytes(self.client.download_blob(self.prefix + key).readall())
+        except ResourceNotFoundError:
+            return None
 
-    @pytest.fixture(autouse=True)
-    def _open_place(self, tmp_path: Path, seaweedfs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        self.prepare(seaweedfs, monkeypatch)
-        self.place, self.backend = tmp_path, self.make_backend(tmp_path)
-        yield
-        self.backend.close()
+    def raw_put(self, key: str, data: bytes) -> None:
+        self.client.upload_blob(self.prefix + key, data, overwrite=True)
+
+    def raw_keys(self) -> Sequence[str]:
+        return [blob.name.removeprefix(self.prefix) for blob in self.client.list_blobs(self.prefix)]
