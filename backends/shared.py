@@ -287,7 +287,8 @@ class SharedBackend(FolderBackend):
                         raise BackendError(errno.ESTALE, why, self._path(key)) from None
                     raise
             except BackendError as exc:
-                pause = next(pauses, None) if exc.errno == errno.ESTALE else None
+                # EBADF is what JuiceFS says of a file that was replaced elsewhere after we had opened it.
+                pause = next(pauses, None) if exc.errno in (errno.ESTALE, errno.EBADF) else None
                 if pause is None:
                     raise
             else:

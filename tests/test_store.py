@@ -91,6 +91,9 @@ class BytesPath(os.PathLike[bytes]):
     def __fspath__(self) -> bytes:
         return b"runs"
 
+    def __repr__(self) -> str:
+        return "BytesPath()"
+
 
 BAD_URLS: list[Any] = [
     "",
