@@ -352,11 +352,9 @@ class SharedBackend(FolderBackend):
         if not self._is_store:  # it may be mounted yet
             self._kind = file_system(nearest_existing(self.root))
         if two_may_link(self._kind):
-            why = (
-                f"on {self._kind} create-if-absent fails: link() can succeed on two hosts at once, so two jobs could both believe"
-            )
+            why = f"on {self._kind} two hosts can both win a link(), so two jobs could both believe that they committed"
             how = "add single_writer=1 to the URL if you make sure that only one job ever writes"
-            raise NoAtomicCreate(errno.EOPNOTSUPP, f"{why} that they committed; {how}", self.root)
+            raise NoAtomicCreate(errno.EOPNOTSUPP, f"{why}; {how}", self.root)
 
     def _size_writes(self, root_fd: int) -> None:
         """Write whole blocks, or stripes, of the file system, as it recommends them."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 import shared_rigs
 from conftest import require
+from juicefs_rig import SharedFolder
+
+pytest_plugins = ("juicefs_fixtures",)
+
+MOUNTS = "CKPTSTORE_TEST_MOUNTS"
+"""The environment variable with the folder of two mounts that are there already."""
+_numbers = count(1)
 
 
 @contextmanager
@@ -46,3 +55,26 @@ def weed_mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder with two mounts of SeaweedFS."""
     with started("seaweedfs", tmp_path_factory.mktemp("seaweedfs")) as folder:
         yield folder
+
+
+_SOAK = [pytest.param(kind, marks=pytest.mark.soak) for kind in shared_rigs.KINDS if kind != "seaweedfs"]
+
+
+@pytest.fixture(scope="session", params=[MOUNTS] if os.environ.get(MOUNTS) else ["juicefs", *_SOAK])
+def each_mounts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder with two mounts, of one kind after the other."""
+    if request.param == MOUNTS:
+        yield Path(os.environ[MOUNTS]).resolve()
+    elif request.param == "juicefs":
+        yield request.getfixturevalue("mounts")
+    else:
+        with started(request.param, tmp_path_factory.mktemp(request.param)) as folder:
+            yield folder
+
+
+@pytest.fixture
+def two(each_mounts: Path) -> SharedFolder:
+    """A new folder, as two hosts see it."""
+    name = f"{os.getpid()}-{next(_numbers)}"
+    (each_mounts / "a" / name).mkdir()
+    return SharedFolder(each_mounts / "a" / name, each_mounts / "b" / name)

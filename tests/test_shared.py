@@ -5,25 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import mounted
 from juicefs_rig import SharedFolder
-from procs import Channel, Nursery, litter, nursery
 from stores import write
 
 from ckptstore import Store
 from ckptstore.backends import shared as shared_module
-from ckptstore.backends.shared import SharedBackend, _SharedWriter
+from ckptstore.backends.shared import SharedBackend
 from ckptstore.errors import (
-    AlreadyExists,
     BackendError,
-    CkptStoreError,
     InvalidOption,
     InvalidURL,
     NotFound,
@@ -31,224 +26,9 @@ from ckptstore.errors import (
     StorageFull,
     StoreWarning,
 )
-from ckptstore.log import slot_key
 from ckptstore.mounts import file_system, is_local, is_shared
-from ckptstore.protocol import Backend
-from ckptstore.record import Record, decode
-from ckptstore.sampler import InterruptableSampler
-from ckptstore.testing import BackendConformance
 
 pytest_plugins = ("juicefs_fixtures",)
-
-
-class TestShared(BackendConformance):
-    """What one mount is told, the other one shows."""
-
-    rounds = 2
-    many = 200
-
-    @pytest.fixture(autouse=True)
-    def _folder(self, shared: SharedFolder) -> None:
-        self.shared = shared
-        self.opened = 0
-
-    def make_backend(self, place: Path) -> Backend:
-        self.opened += 1
-        return SharedBackend.open(str((self.shared.a, self.shared.b)[self.opened % 2] / "run"), {"create": "1"})
-
-    @property
-    def root(self) -> Path:
-        return self.shared.b / "run"
-
-    def raw_get(self, key: str) -> bytes | None:
-        path = self.root / key
-        return path.read_bytes() if path.exists() else None
-
-    def raw_put(self, key: str, data: bytes) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    def raw_keys(self) -> Sequence[str]:
-        return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
-
-
-# -- two hosts
-
-
-def training_job(channel: Channel, url: str) -> None:
-    """Draw two batches of samples, save, and draw one more before it is killed."""
-    import torch
-
-    sampler = InterruptableSampler(range(20), seed=3)
-    samples = iter(sampler)
-    drawn = [next(samples) for _ in range(7)]
-    sampler.advance(7)
-    Store(url).save({"w": torch.arange(3.0)}, step=7, sampler=sampler, rng=True)
-    channel.send("saved", drawn)
-    next(samples)
-    signal.pause()
-
-
-def test_a_job_resumes_on_another_host_at_the_very_next_sample(shared: SharedFolder, warm: Nursery) -> None:
-    import torch
-
-    on_a, on_b = shared.urls()
-    old = warm.start(training_job, on_a)
-    [drawn] = old.expect("saved")
-    old.kill()
-    sampler = InterruptableSampler(range(20), seed=3)
-    state = {"w": torch.zeros(3)}
-    with Store(on_b) as new:
-        checkpoint = new.resume(state, sampler=sampler)
-    assert checkpoint is not None
-    assert checkpoint.step == 7
-    assert torch.equal(state["w"], torch.arange(3.0))
-    assert drawn + list(sampler) == list(InterruptableSampler(range(20), seed=3))
-
-
-def racing_creator(channel: Channel, location: str, rounds: int) -> None:
-    """Create one key after another at the same moments as somebody else, and tell which ones were created."""
-    backend = SharedBackend.open(location, {})
-    won = []
-    for n in range(rounds):
-        channel.send("ready")
-        channel.recv()
-        try:
-            backend.put_if_absent(f"log/{n}", f"{os.getpid()}".encode())
-            won.append(n)
-        except AlreadyExists:
-            assert backend.get(f"log/{n}", 100) != f"{os.getpid()}".encode()
-    channel.send("won", os.getpid(), won)
-
-
-@pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.soak)])
-def test_of_two_hosts_exactly_one_creates(shared: SharedFolder, warm: Nursery, rounds: int) -> None:
-    (shared.a / "run" / "log").mkdir(parents=True)
-    hosts = [warm.start(racing_creator, str(place / "run"), rounds) for place in (shared.a, shared.b)]
-    for _ in range(rounds):
-        for host in hosts:
-            host.expect("ready")
-        for host in hosts:
-            host.send("go")
-    won = dict(host.expect("won") for host in hosts)
-    assert sorted(n for mine in won.values() for n in mine) == list(range(rounds))
-    assert min(len(mine) for mine in won.values()) > rounds // 20, "they did race"
-    for pid, mine in won.items():
-        assert all((shared.b / "run" / "log" / str(n)).read_text() == str(pid) for n in mine)
-
-
-def racing_saver(channel: Channel, url: str, saves: int) -> None:
-    """Save beside others, and tell what was acknowledged."""
-    with Store(url, acquire=False) as store:
-        channel.recv()
-        channel.send("saved", [write(store, f"name-{os.getpid()}", step=step) for step in range(saves)])
-
-
-@pytest.mark.parametrize("saves", [50, pytest.param(500, marks=pytest.mark.soak)])
-def test_two_hosts_race_for_commits(shared: SharedFolder, warm: Nursery, saves: int) -> None:
-    on_a, on_b = shared.urls(keep_last="all")
-    with Store(on_a) as owner:
-        first = write(owner)
-        hosts = [warm.start(racing_saver, url, saves) for url in (on_a, on_b)]
-        for host in hosts:
-            host.send("go")
-        acknowledged = [i for host in hosts for i in host.expect("saved")[0]]
-        assert len(set(acknowledged)) == 2 * saves
-    for url in (on_b, on_a):
-        with Store(url) as reader:
-            assert {c.id for c in reader} == {first, *acknowledged}, "none is lost"
-            assert reader.verify() == [], "none is dangling"
-    backend = SharedBackend.open(str(shared.b / "run"), {})
-    records = [decode(backend.get(slot_key(n), 1 << 24), n) for n in range(1, 2 * saves + 3)]
-    assert len({record.op for record in records}) == len(records)
-    newest = records[-1]
-    assert isinstance(newest, Record)
-    assert len(newest.checkpoints) == 2 * saves + 1
-
-
-def stop_at(point: str) -> None:
-    """Have this process stop itself, once, when it gets to `point` of a save."""
-    owner, method, after = {
-        "before the first file": (SharedBackend, "open_writer", False),
-        "in the middle of a file": (_SharedWriter, "write", True),
-        "before a file is durable": (_SharedWriter, "finish", False),
-        "before the record": (SharedBackend, "put_if_absent", False),
-        "before the link": (SharedBackend, "_link", False),
-        "after the link": (SharedBackend, "_link", True),
-    }[point]
-    inner = getattr(owner, method)
-    stops = [signal.SIGSTOP]
-
-    def outer(self: Any, *args: Any) -> Any:
-        is_record = method != "_link" or args[1].startswith("log/")
-        if is_record and not after and stops:
-            os.kill(os.getpid(), stops.pop())
-        result = inner(self, *args)
-        if is_record and after and stops:
-            os.kill(os.getpid(), stops.pop())
-        return result
-
-    setattr(owner, method, outer)
-
-
-def old_job(channel: Channel, url: str, point: str) -> None:
-    """Save, save again with a stop in the middle, and when continued try everything."""
-
-    def outcome(call: Callable[[], object]) -> str:
-        try:
-            call()
-        except CkptStoreError as exc:
-            return type(exc).__name__
-        return "done"
-
-    store = Store(url)
-    first = write(store, step=1)
-    channel.send("saved", first)
-    stop_at(point)
-    result = outcome(lambda: write(store, step=2))
-    tries = [lambda: write(store), lambda: store.tag("best", first), store.prune, store.acquire]
-    channel.send("result", result, [outcome(call) for call in tries])
-
-
-@pytest.mark.parametrize(
-    "point",
-    [
-        "before the first file",
-        "in the middle of a file",
-        "before a file is durable",
-        "before the record",
-        "before the link",
-        "after the link",
-    ],
-)
-def test_a_host_that_was_stopped_changes_nothing_when_continued(shared: SharedFolder, warm: Nursery, point: str) -> None:
-    on_a, on_b = shared.urls(keep_last="all")
-    old = warm.start(old_job, on_a, point)
-    old.expect("saved")
-    old.wait_stopped()
-    new = Store(on_b)
-    new.acquire()
-    committed = point == "after the link"
-    assert new.checkpoint().step == (2 if committed else 1)
-    write(new, step=10)
-    before = new.names()
-    old.proceed()
-    result, again = old.expect("result")
-    assert result == ("done" if committed else "Fenced")
-    assert set(again) == {"Fenced"}
-    with Store(on_a) as reader:
-        assert reader.checkpoint().step == 10
-        assert reader.names() == before
-    new.gc()
-    assert new.verify() == []
-    assert litter(new) == []
-    new.close()
 
 
 # -- what is on the way of a save
