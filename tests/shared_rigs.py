@@ -24,6 +24,7 @@ __all__ = ["KINDS", "command", "missing"]
 
 _PATIENCE = 60
 """Seconds that a server or a client may take to begin."""
+_SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 _SIOCSIFFLAGS, _SIOCSIFADDR, _IFF_UP = 0x8914, 0x8916, 1
 _ADDRESS = "10.77.0.1"  # GlusterFS and MooseFS do not want to be on 127.0.0.1
 
@@ -87,7 +88,44 @@ def _seaweedfs(folder: Path) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _glusterfs(folder: Path) -> Iterator[None]:
+    """Two copies of everything, one server."""
+    _folders(folder, "state", "copy-1", "copy-2")
+    options = f"option working-directory {folder}/state\noption transport-type socket\noption run-directory {folder}\n"
+    (folder / "glusterd.vol").write_text(f"volume management\ntype mgmt/glusterd\n{options}end-volume\n")
+    control = folder / "sock"
+    _start("glusterd", "--no-daemon", "-f", folder / "glusterd.vol", "-S", control, "-l", folder / "glusterd.log", "-p", folder / "pid")
+    _wait(lambda: _listens(24007) and control.exists(), "glusterd")
+    gluster = ["gluster", "--mode=script", f"--glusterd-sock={control}", "volume"]
+    _run(*gluster, "create", "v", "replica", 2, *(f"{_ADDRESS}:{folder}/copy-{n}" for n in (1, 2)), "force")
+    _run(*gluster, "start", "v")
+    how = [f"--volfile-server={_ADDRESS}", "--volfile-id=v"]
+    _both(folder, lambda place, name: _run("glusterfs", *how, "-l", folder / f"{name}.log", place))
+    yield
+
+
+@contextmanager
+def _moosefs(folder: Path) -> Iterator[None]:
+    _folders(folder, "master", "chunks", "disk")
+    (folder / "master" / "metadata.mfs").write_bytes(b"MFSM NEW")
+    (folder / "exports").write_text("* / rw,alldirs,maproot=0\n")
+    (folder / "disks").write_text(f"{folder}/disk\n")
+    us = "WORKING_USER = root\nWORKING_GROUP = root\n"
+    (folder / "master.cfg").write_text(f"{us}DATA_PATH = {folder}/master\nEXPORTS_FILENAME = {folder}/exports\n")
+    chunks = f"{us}DATA_PATH = {folder}/chunks\nHDD_CONF_FILENAME = {folder}/disks\nMASTER_HOST = {_ADDRESS}\n"
+    (folder / "chunks.cfg").write_text(chunks)
+    _start("mfsmaster", "-c", folder / "master.cfg", "-f", "start")
+    _wait(lambda: all(_listens(port) for port in (9419, 9420, 9421)), "the master")
+    _start("mfschunkserver", "-c", folder / "chunks.cfg", "-f", "start")
+    _wait(lambda: _listens(9422), "the chunk server")
+    _both(folder, lambda place, name: _start("mfsmount", place, "-H", _ADDRESS, "-f"))
+    yield
+
+
 KINDS: dict[str, tuple[Callable[[Path], AbstractContextManager[None]], tuple[str, ...]]] = {
+    "glusterfs": (_glusterfs, ("glusterd", "gluster", "glusterfs")),
+    "moosefs": (_moosefs, ("mfsmaster", "mfschunkserver", "mfsmount")),
     "seaweedfs": (_seaweedfs, ("weed", "fusermount3")),
 }
 """How each kind is started, and the programs that it needs."""
