@@ -40,7 +40,8 @@ def boot(
     """Run `command` (its program by absolute path) in the current folder, on a machine with NFS `version` mounted on ``a`` and ``b`` in
     the empty `folder`; a disk in memory is on ``tmp`` there.
 
-    Returns its exit status, None if the machine did not get to its end, and all that was said. Raises subprocess.TimeoutExpired.
+    Returns its exit status, None if the machine did not get to its end, and what was said, which is also in ``log`` there meanwhile.
+    Raises subprocess.TimeoutExpired.
     """
     for name in ("a", "b", "tmp", "srv", "lib"):
         (folder / name).mkdir()
@@ -54,17 +55,18 @@ def boot(
     kernel = ["linux.uml", "mem=2G", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", f"ubdb={disk}", "quiet"]
     console = ["con=null", "con0=null,fd:1", f"init={os.path.realpath(sys.executable)}", "--", __file__, str(folder)]
     # When the first process of the namespace ends, so do all of the machine's.
-    done = subprocess.run(
-        ["unshare", "--pid", "--fork", "--kill-child", *kernel, *console],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=seconds,
-    )
-    status = re.search(f"^{_STATUS}([0-9]+)$", done.stdout, re.MULTILINE)
-    return int(status[1]) if status else None, done.stdout
+    log = folder / "log"
+    with log.open("wb") as out:
+        subprocess.run(
+            ["unshare", "--pid", "--fork", "--kill-child", *kernel, *console],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+        )
+    said = log.read_text(errors="replace")
+    status = re.search(f"^{_STATUS}([0-9]+)$", said, re.MULTILINE)
+    return int(status[1]) if status else None, said
 
 
 def _run(*arguments: str) -> None:

@@ -92,12 +92,17 @@ def _seaweedfs(folder: Path) -> Iterator[None]:
 def _glusterfs(folder: Path) -> Iterator[None]:
     """Two copies of everything, one server."""
     _folders(folder, "state", "copy-1", "copy-2")
-    options = f"option working-directory {folder}/state\noption transport-type socket\noption run-directory {folder}\n"
-    (folder / "glusterd.vol").write_text(f"volume management\ntype mgmt/glusterd\n{options}end-volume\n")
+    places = f"option working-directory {folder}/state\noption run-directory {folder}\noption glusterd-sockfile {folder}/sock\n"
+    (folder / "glusterd.vol").write_text(
+        f"volume management\ntype mgmt/glusterd\noption transport-type socket\n{places}end-volume\n"
+    )
+    own = ["unshare", "--pid", "--fork", "--mount-proc"]  # they look themselves up in /proc, and crash if that has others
     control = folder / "sock"
-    _start("glusterd", "--no-daemon", "-f", folder / "glusterd.vol", "-S", control, "-l", folder / "glusterd.log", "-p", folder / "pid")
-    _wait(lambda: _listens(24007) and control.exists(), "glusterd")
-    gluster = ["gluster", "--mode=script", f"--glusterd-sock={control}", "volume"]
+    logs = ["-l", folder / "glusterd.log", "-p", folder / "pid"]
+    _start(*own, "glusterd", "--no-daemon", "-f", folder / "glusterd.vol", *logs)
+    gluster = [*own, "gluster", "--mode=script", f"--glusterd-sock={control}", "volume"]
+    # It listens before it knows what it is asked for.
+    _wait(lambda: not subprocess.run([*gluster, "list"], stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode, "glusterd")
     _run(*gluster, "create", "v", "replica", 2, *(f"{_ADDRESS}:{folder}/copy-{n}" for n in (1, 2)), "force")
     _run(*gluster, "start", "v")
     how = [f"--volfile-server={_ADDRESS}", "--volfile-id=v"]
