@@ -61,6 +61,20 @@ class TestShared(BackendConformance):
     def raw_keys(self) -> Sequence[str]:
         return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
 
+    def test_replace_creates_and_overwrites(self) -> None:
+        """What was replaced on one host may be seen on another one for as long as that one caches: 1 s on GlusterFS, up to 60 s on NFS."""
+        written: list[bytes | None] = [None]
+        for data in (b"first", b"2", b"", b"third and longer"):
+            self.backend.replace("hint", data)
+            written.append(data)
+            assert self.backend.get("hint", 100) == data
+            deadline = time.monotonic() + 90
+            while (found := self.raw_get("hint")) != data:
+                assert found in written
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert [*self.raw_keys()] == ["hint"]
+
 
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Nursery]:
