@@ -76,7 +76,7 @@ class Process(NamedTuple):
     change: str = ""
     """What the commit under way changes: acquire, save, prune or take (a slot, and nothing else)."""
     count: int = 0
-    """Commits begun: makes operation ids."""
+    """Commits begun from slot `head`: makes operation ids, which need to be unique only among those who want the same slot."""
     epoch: int = 0
     head: int = 0
     """The newest slot it knows; the next one is what it tries to create."""
@@ -116,6 +116,8 @@ class Move(NamedTuple):
     """A step: who does what, with what answer, and how the operation ended if this was its end."""
 
     who: int
+    begun: str
+    """The operation that it begins with this step, if it does."""
     what: str
     detail: Any
     answer: Any
@@ -129,6 +131,10 @@ class Config(NamedTuple):
     """Whether saves keep all checkpoints; otherwise, as prune, the newest."""
     attempts: int = 2
     """How often a commit is sent; the library's 4 adds nothing that the second and the third do not show."""
+    lag: int = 1
+    """How many slots a look may be behind the newest."""
+    exact: bool = False
+    """Whether to remember also what can change nothing any more, as the storage does."""
     bug: str = ""
 
 
@@ -149,11 +155,11 @@ class _Turn:
         self.who = who
         self.p = state.processes[who]
 
-    def done(self, what: str, detail: Any, answer: Any) -> tuple[Move, State]:
+    def done(self, begun: str, what: str, detail: Any, answer: Any) -> tuple[Move, State]:
         s = self.state
         processes = (*s.processes[: self.who], self.p, *s.processes[self.who + 1 :])
         new = State(self.log, self.data, self.flight, processes, self.acked, self.denied, s.restarts, self.wrong)
-        return Move(self.who, what, detail, answer, self.outcome), new
+        return Move(self.who, begun, what, detail, answer, self.outcome), new
 
     def set(self, **fields: Any) -> None:
         self.p = self.p._replace(**fields)
@@ -182,13 +188,13 @@ class _Turn:
                 self.acquired()
             else:
                 self.acquire()
-        elif op == "resolve":
-            self.set(op=op, at="get first")
         else:
             others = list(p.others)
             others.remove(op)
             self.set(op=op, others=tuple(others))
-            if op == "acquire":
+            if op == "resolve":
+                self.set(at="get first")
+            elif op == "acquire":
                 self.acquire()
             else:
                 self.set(at=f"look {op}")
@@ -198,11 +204,17 @@ class _Turn:
         p = self.p
         self.outcome = outcome
         if p.op == "save" and p.saving and outcome in ("failed", "fenced"):
-            self.denied |= {p.saving}
+            self.deny(p.saving)
         if p.fenced:
-            self.set(saves=0, others=tuple(o for o in p.others if o == "gc"))
+            self.set(saves=0, others=tuple(o for o in p.others if o in ("gc", "resolve")))
         keep = ("serial", "owner", "saves", "others", "count", "epoch", "head", "fenced", "collected", "deleted", "unknown")
         self.p = Process(**{name: getattr(self.p, name) for name in keep})
+
+    def deny(self, checkpoint: Id) -> None:
+        """Note that a checkpoint was said not to be committed, and never to be."""
+        self.denied |= {checkpoint}
+        if any(r and checkpoint in r.kept for r in self.log):
+            self.wrong = f"committed, although it was said not to be: {checkpoint}"
 
     def acquire(self) -> None:
         if self.p.head:
@@ -213,6 +225,7 @@ class _Turn:
     def acquired(self) -> None:
         """The process owns an epoch: go on with what it wanted it for."""
         p = self.p
+        self.set(change="")
         if p.op == "prune":
             self.commit("prune")
         elif not p.collected:
@@ -249,7 +262,7 @@ class _Turn:
         if p.change == "acquire":
             owners = {r.owner for r in self.log[: p.head] if r}
             if head.owner == p.owner:
-                self.set(epoch=head.epoch)
+                self.set(epoch=head.epoch, count=p.count - 1)  # nothing was sent
                 self.acquired()
                 return
             if p.owner in owners:
@@ -303,7 +316,7 @@ class _Turn:
             self.wrong = f"process {p.serial} believes that it won slot {self.slot}, and did not"
         if self.bug == "log slots deleted" and self.slot > 2:
             self.log = (*self.log[: self.slot - 3], None, *self.log[self.slot - 2 :])
-        self.set(head=self.slot)
+        self.set(head=self.slot, count=0, tries=0, ambiguous=False)
         if p.change == "acquire":
             self.set(epoch=record.epoch)
             self.acquired()
@@ -320,6 +333,7 @@ class _Turn:
 
     def lost(self) -> None:
         """The slot is somebody else's."""
+        self.set(tries=0, ambiguous=False)
         self.set(at="look race")
 
     def not_known(self) -> None:
@@ -328,7 +342,7 @@ class _Turn:
         if p.change == "acquire":
             self.end("unknown" if p.op == "acquire" else "failed")
         elif self.bug == "data of an ambiguous commit collected" and p.change == "save":
-            self.set(at="discard")
+            self.set(at="discard", tries=0, ambiguous=False)
         else:
             if p.change == "save":
                 assert p.saving
@@ -340,7 +354,7 @@ class _Turn:
         if self.p.change == "acquire":
             self.end("failed")
         else:
-            self.set(at="look told")
+            self.set(at="look told", tries=0)
 
     def again(self) -> None:
         """The slot is still free: send the identical record once more."""
@@ -373,14 +387,11 @@ class _Turn:
     def moves(self) -> Iterator[tuple[str, Any, Any]]:
         """Yield (request, what of, answer) for everything that can happen next."""
         p = self.p
-        if not p.op:
-            for op in dict.fromkeys((*(["save"] if p.saves else []), *p.others, *(["resolve"] if p.unknown else []))):
-                yield "begin", op, ""
-            return
         request, _, what = p.at.partition(" ")
         if request == "look":
             yield request, what, "lost"
-            for slot in range(p.head, len(self.log) + 1):
+            newest = len(self.log)
+            for slot in range(max(p.head, newest - self.config.lag), newest + 1):
                 if slot == 0 or self.log[slot - 1]:
                     yield request, what, slot
         elif request == "put":
@@ -409,14 +420,11 @@ class _Turn:
     def make(self, request: str, what: Any, answer: Any) -> None:
         getattr(self, f"_{request}")(what, answer)
 
-    def _begin(self, op: str, answer: str) -> None:
-        self.begin(op)
-
     def _look(self, why: str, slot: Any) -> None:
         p = self.p
-        if slot != "lost":
-            self.set(head=slot)
         ok = slot != "lost"
+        if ok and slot > p.head:
+            self.set(head=slot, count=1 if why == "race" else 0)
         head = self.record(self.p.head)
         if why == "told":  # Writer.tell_if_fenced: the error is Fenced if that can be seen, whatever it was
             fenced = ok and self.fenced_by(head)
@@ -438,7 +446,7 @@ class _Turn:
         elif why == "race":
             if not ok:
                 self.error()
-            elif slot < p.head + 1:
+            elif slot == p.head:
                 self.not_known()  # the storage contradicts itself
             else:
                 self.build()
@@ -528,7 +536,7 @@ class _Turn:
             self.set(unknown=None)
             self.end("it was")
         else:
-            self.denied |= {saved}
+            self.deny(saved)
             self.set(unknown=None)
             self.end("it was not")
 
@@ -585,15 +593,29 @@ class Model:
 
     def moves(self, state: State) -> Iterator[tuple[Move, State]]:
         """Yield every step that can come next, with the state it leads to."""
-        for who in range(len(state.processes)):
-            for request, what, answer in _Turn(self.config, state, who).moves():
-                turn = _Turn(self.config, state, who)
-                turn.make(request, what, answer)
-                move, new = turn.done(request, what, answer)
-                yield move, self.tidy(new)
+        for who, p in enumerate(state.processes):
+            for begun_by, begun in [(Move(who, "", "", "", ""), state)] if p.op else self._begun(state, who):
+                op = begun_by.begun
+                if not begun.processes[who].op:
+                    yield begun_by, begun  # it ended without any request
+                    continue
+                for request, what, answer in _Turn(self.config, begun, who).moves():
+                    turn = _Turn(self.config, begun, who)
+                    turn.make(request, what, answer)
+                    move, new = turn.done(op, request, what, answer)
+                    yield move, self.tidy(new)
         yield from self._arrivals(state)
         if state.restarts:
             yield from self._restarts(state)
+
+    def _begun(self, state: State, who: int) -> Iterator[tuple[Move, State]]:
+        p = state.processes[who]
+        for op in dict.fromkeys((*(["save"] if p.saves else []), *p.others)):
+            if op == "resolve" and not p.unknown:
+                continue
+            turn = _Turn(self.config, state, who)
+            turn.begin(op)
+            yield turn.done(op, "", "", "")
 
     def _arrivals(self, state: State) -> Iterator[tuple[Move, State]]:
         for message in state.flight:
@@ -607,7 +629,7 @@ class Model:
             else:
                 data -= set(what)
             new = state._replace(log=log, data=data, flight=state.flight - {message})
-            yield Move(-1, "arrives", message, ""), self.tidy(new)
+            yield Move(-1, "", "arrives", message, ""), self.tidy(new)
 
     def _restarts(self, state: State) -> Iterator[tuple[Move, State]]:
         for who, p in enumerate(state.processes):
@@ -615,14 +637,33 @@ class Model:
                 serial = 1 + max(q.serial for q in state.processes)
                 new = Process(serial, serial, max(p.saves, 1), ("acquire",))
                 processes = (*state.processes[:who], new, *state.processes[who + 1 :])
-                yield Move(who, "restart", serial, ""), state._replace(processes=processes, restarts=state.restarts - 1)
+                yield Move(who, "", "restart", serial, ""), state._replace(processes=processes, restarts=state.restarts - 1)
 
     def tidy(self, state: State) -> State:
-        """Forget requests in flight that can change nothing any more."""
-        if not state.flight or self.config.bug in ("log slots deleted", "unconditional latest"):
+        """Forget what can change nothing any more: puts for slots that are taken, and data of checkpoints that nothing can name.
+
+        The latter is data of no process that may still commit it, of no put in flight, and not of the newest record. Only garbage
+        collection reads it, to delete it. Should it be named all the same, it is missing, and found out.
+        """
+        if self.config.bug in ("log slots deleted", "unconditional latest"):
             return state
-        flight = frozenset(m for m in state.flight if m[0] != "put" or m[1] > len(state.log))
-        return state if len(flight) == len(state.flight) else state._replace(flight=flight)
+        flight = state.flight
+        if flight:
+            flight = frozenset(m for m in flight if m[0] != "put" or m[1] > len(state.log))
+        if self.config.exact:
+            return state._replace(flight=flight)
+        promised = {i for m in flight if m[0] == "put" for i in m[2].kept}
+        live = {p.saving for p in state.processes if p.at not in ("discard", "look last")} | promised
+        live.update(state.log[-1].kept if state.log and state.log[-1] else ())
+        return state._replace(
+            flight=frozenset(
+                m
+                for m in flight
+                if m[0] == "put" or (m[0] == "write" and m[1][0] in live) or (m[0] == "delete" and any(i in live for i, _ in m[1]))
+            ),
+            data=frozenset(part for part in state.data if part[0] in live),
+            denied=frozenset(i for i in state.denied if i in promised),
+        )
 
     def wrong(self, state: State) -> str:
         """Return what must not be in this state; an empty text if it is right."""
