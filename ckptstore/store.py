@@ -260,9 +260,10 @@ class Store:
             raise UsageError(f"{unknown!r:.100} is no CommitUnknown, and not the op_id of one")
         slot, op = int(parts[0]), parts[1]
         answer = self._engine.log.took_effect(op, slot)
-        if answer is None and slot == self._engine.log.head().slot + 1:
-            self._writer.commit(lambda state: state, new_op())
-            answer = self._engine.log.took_effect(op, slot)
+        if answer is None:
+            if slot == self._engine.log.head().slot + 1:
+                self._writer.commit(lambda state: state, new_op())
+            answer = self._engine.log.took_effect(op, slot)  # also if it was taken between the two looks
         if answer is None:
             raise DamagedRecord(f"commit record {slot} is not there, although it should be by now; is this the right store?")
         if answer and parts[2:]:
