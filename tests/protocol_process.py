@@ -84,10 +84,7 @@ class Turn:
             self.wrong = f"committed, although it was said not to be: {checkpoint}"
 
     def acquire(self) -> None:
-        if self.p.head:
-            self.commit("acquire")
-        else:
-            self.set(at="look first")
+        self.commit("acquire")
 
     def acquired(self) -> None:
         """The process owns an epoch: go on with what it wanted it for."""
@@ -104,7 +101,7 @@ class Turn:
 
     def start_saving(self) -> None:
         p = self.p
-        self.set(saving=(p.epoch, p.serial, p.saves))
+        self.set(saving=(p.epoch, p.serial, p.saves), failed=False)
         self.commit("save")
 
     def fenced_by(self, head: Record) -> bool:
@@ -122,7 +119,10 @@ class Turn:
     def commit(self, change: str) -> None:
         """Begin a commit: a new operation id, and what is known is what it builds on."""
         self.set(change=change, count=self.p.count + 1)
-        self.build()
+        if self.p.head:
+            self.build()
+        else:
+            self.set(at="look first")
 
     def build(self) -> None:
         """Make the next record from the newest that is known (Log.commit)."""
@@ -189,7 +189,6 @@ class Turn:
             if p.change == "save":
                 assert p.saving
                 self.acked = p.saving
-            self.outcome = "done"
             todo = sorted(set(record.retired) - set(p.deleted))
             self.set(deleted=tuple(i for i in p.deleted if i in record.retired))
             self.delete([((i, 1), (i, 2)) for i in todo])
@@ -238,9 +237,7 @@ class Turn:
             if not p.failed:
                 self.set(deleted=tuple(sorted({*p.deleted, *self.record(p.head).retired})))
             self.end("failed" if p.failed else "done")
-        elif p.change in ("save", "prune"):
-            self.end("done")
-        elif p.op == "acquire":
+        elif p.change in ("save", "prune") or p.op == "acquire":
             self.end("done")
         else:
             self.start_saving()
@@ -287,7 +284,7 @@ class Turn:
         p = self.p
         ok = slot != "lost"
         if ok and slot > p.head:
-            self.set(head=slot, count=1 if why == "race" else 0)
+            self.set(head=slot, count=1 if why in ("first", "race") else 0)
         head = self.record(self.p.head)
         if why == "told":  # Writer.tell_if_fenced: the error is Fenced if that can be seen, whatever it was
             fenced = ok and self.fenced_by(head)
@@ -306,6 +303,11 @@ class Turn:
                 self.end("done")
             else:
                 self.start_saving()
+        elif why == "first":
+            if ok:
+                self.build()
+            else:
+                self.error()
         elif why == "race":
             if not ok:
                 self.error()
@@ -318,8 +320,6 @@ class Turn:
         elif why == "begin":
             self.set(epoch=head.epoch)
             self.start_saving()
-        elif why == "first":
-            self.commit("acquire")
         elif why == "gc":
             self.set(at="list")
         elif why == "prune":

@@ -165,10 +165,12 @@ def _ever_retired(log: Log) -> frozenset[Id]:
 @lru_cache(maxsize=1 << 16)
 def _wrong_newest(log: Log) -> str:
     """Say what is wrong with the newest record beside the one before it; each was the newest once."""
-    before = (log[-2] if len(log) > 1 else EMPTY) or EMPTY
+    before = log[-2] if len(log) > 1 else EMPTY
     slot, record = len(log), log[-1]
     if record is None:
         return f"the newest slot, {slot}, is gone"
+    if before is None:  # by a mutant
+        return ""
     new = [i for i in record.kept if i not in before.kept]
     if record.epoch < before.epoch:
         return f"slot {slot} goes back to epoch {record.epoch}"
