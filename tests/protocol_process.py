@@ -144,7 +144,8 @@ class Turn:
                 self.end("fenced")
             return
         elif p.change == "prune" and self.draft()[3:] == head[3:]:
-            self.end("done")
+            self.set(count=p.count - 1)  # nothing was sent
+            self.collect_retired(head)
             return
         self.set(tries=0, ambiguous=False)
         if p.change == "save" and not p.whole:
@@ -189,9 +190,13 @@ class Turn:
             if p.change == "save":
                 assert p.saving
                 self.acked = p.saving
-            todo = sorted(set(record.retired) - set(p.deleted))
-            self.set(deleted=tuple(i for i in p.deleted if i in record.retired))
-            self.delete([((i, 1), (i, 2)) for i in todo])
+            self.collect_retired(record)
+
+    def collect_retired(self, record: Record) -> None:
+        """Engine.committed."""
+        todo = sorted(set(record.retired) - set(self.p.deleted))
+        self.set(deleted=tuple(i for i in self.p.deleted if i in record.retired))
+        self.delete([((i, 1), (i, 2)) for i in todo])
 
     def lost(self) -> None:
         """The slot is somebody else's."""

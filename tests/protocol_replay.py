@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from unittest import mock
 
 from protocol_model import Config, Id, Message, Move, Part, Process, State
-from protocol_search import Model, kind_of
+from protocol_search import FAULTS, Model, kind_of
 from stores import Killed, new_memory, objects, store_on
 
-from ckptstore import transaction
+from ckptstore import log, transaction
 from ckptstore.backends.memory import MemoryBackend, _MemoryWriter
 from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, CkptStoreError, CommitUnknown, Fenced, NotFound
 from ckptstore.log import LOG, Head, Log, slot_key, slot_of
@@ -120,10 +120,10 @@ class _Actor:
         self.store = store_on(
             self.backend, owner=f"owner {model.owner}" if model.owner else None, acquire=model.owner > 0, keep_last=keep
         )
-        log = self.store._engine.log
+        the_log = self.store._engine.log
         take_over = self.store._writer._take_over
         self.store._writer._take_over = partial(self._freely, take_over)  # type: ignore[method-assign]
-        log.head = partial(self._look, log)  # type: ignore[method-assign]
+        the_log.head = partial(self._look, the_log)  # type: ignore[method-assign]
         self.unknown: CommitUnknown | None = None
         self.now: tuple[str, Any] = ("ended", "")
         """What it waits for: a request, or ("ended", outcome)."""
@@ -148,13 +148,13 @@ class _Actor:
         finally:
             self.backend.free = False
 
-    def _look(self, log: Log) -> Head:
+    def _look(self, the_log: Log) -> Head:
         slot = self.ask("look", None)
         if slot == "lost":
             raise BackendError("no answer")
         self.backend.sees = slot
         try:
-            return Log.head(log)
+            return Log.head(the_log)
         finally:
             self.backend.sees = None
 
@@ -283,9 +283,9 @@ class _Walk:
 
     def _compare_storage(self) -> None:
         found = objects(self.storage)
-        log = sorted(key for key in found if key.startswith(LOG))
-        assert log == [slot_key(n) for n in range(1, len(self.state.log) + 1)]
-        for key, wanted in zip(log, self.state.log, strict=True):
+        slots = sorted(key for key in found if key.startswith(LOG))
+        assert slots == [slot_key(n) for n in range(1, len(self.state.log) + 1)]
+        for key, wanted in zip(slots, self.state.log, strict=True):
             assert wanted
             record = decode(found[key], slot_of(key) or 0)
             assert isinstance(record, Record)
@@ -304,11 +304,13 @@ class _Walk:
 def walk(config: Config, rng: random.Random, seen: Counter[tuple[str, str]]) -> int:
     """Take one random path of the model, preferring kinds of steps seldom `seen`, to where it ends; return its length."""
     led = _Walk(config)
-    with mock.patch.object(transaction, "new_id", led.new_id):
+    with mock.patch.object(transaction, "new_id", led.new_id), mock.patch.object(log, "_ATTEMPTS", config.attempts):
         try:
             while moves := sorted(led.model.moves(led.state), key=lambda found: repr(found[0])):
                 kinds = [kind_of(move, led.state) for move, _ in moves]
-                chosen = rng.choices(range(len(moves)), [1 / (1 + seen[kind] ** 0.5) for kind in kinds])[0]
+                # What goes well leads on, and what came seldom is worth more.
+                weights = [(1 if kind[1] in FAULTS else 5) / (1 + seen[kind] ** 0.3) for kind in kinds]
+                chosen = rng.choices(range(len(moves)), weights)[0]
                 seen[kinds[chosen]] += 1
                 led.step(*moves[chosen])
         except AssertionError as exc:

@@ -11,8 +11,10 @@ from typing import Any
 from protocol_model import EMPTY, Config, Id, Log, Message, Move, Part, Process, State
 from protocol_process import Turn
 
-__all__ = ["Found", "Model", "explore", "kind_of", "wrong"]
+__all__ = ["FAULTS", "Found", "Model", "explore", "kind_of", "wrong"]
 
+FAULTS = frozenset({"lost", "stale", "refused", "unanswered", "twice", "put", "write", "delete"})
+"""Answers that are faults; the last three are requests that arrive late."""
 _REMEMBERED = 200_000
 _FREED = ("log slots deleted", "unconditional latest")  # mutants in which a put for a slot that is taken may take effect again
 

@@ -362,3 +362,19 @@ def test_every_fault_at_every_call_and_another_job_takes_over(operation: Operati
                 assert {key.split("/")[1] for key in objects(job.storage) if key.startswith("data/")} == named
                 check_next_save(newer, job)
             job.store.close()
+
+
+def test_an_outcome_is_told_even_if_the_lost_packet_arrives_while_it_is_looked_for() -> None:
+    job = Job(warm=True)
+    Fault(late(1000), "put_if_absent", 1, "method").put_on(job.backend)
+    with pytest.raises(CommitUnknown) as error:
+        job.save()
+
+    def arrive(backend: Cursed, method: str, call: Callable[[], Any]) -> Any:
+        if method == "stat":  # the slot was free when its record was asked for
+            backend.land_all()
+        return call()
+
+    job.backend.curse = lambda method, nth, call: arrive(job.backend, method, call)
+    assert job.store.resolve(error.value)
+    assert 9 in steps(state_of(job.storage))

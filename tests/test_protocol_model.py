@@ -7,14 +7,14 @@ it acquires the store first.
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 
 import pytest
 from protocol_model import BUGS, Config, Process
-from protocol_search import explore
+from protocol_replay import walk
+from protocol_search import FAULTS, explore
 
-GOOD = {"created", "done", "served", "newest", "exists", "", "restarts"}
-"""Answers that are no fault."""
 SMALL = {
     "two jobs, one collects": Config((Process(1, 1, 1, ("gc",)), Process(2, 2, 1, ()))),
     "two jobs, one saves twice and retires": Config((Process(1, 1, 2, ()), Process(2, 2, 1, ())), keep_all=False),
@@ -41,6 +41,15 @@ FINDERS = {
 }
 """Configurations that show a mistake which `FINDER` does not."""
 FINDER = SMALL["two jobs, one collects"]
+ALL = ("gc", "prune", "resolve")
+LED = [
+    Config((Process(1, 1, 2, ALL), Process(2, 2, 2, ALL)), restarts=1, lag=2),
+    Config((Process(1, 1, 2, ALL), Process(2, 2, 2, ALL)), restarts=1, keep_all=False, attempts=3),
+    Config((Process(1, 1, 2, ALL), Process(2, 0, 2, ALL)), restarts=1, lag=3),
+    Config((Process(1, 0, 2, ALL), Process(2, 0, 2, ALL)), keep_all=False),
+    Config((Process(1, 1, 2, ALL), Process(2, 1, 2, ALL)), keep_all=False),
+]
+"""What real stores are led through: more than could be searched."""
 
 
 def run(configs: dict[str, Config]) -> None:
@@ -54,7 +63,7 @@ def run(configs: dict[str, Config]) -> None:
         states, steps = states + found.states, steps + found.steps
         kinds += found.kinds
         outcomes += found.outcomes
-    faults = {kind: n for kind, n in kinds.items() if kind[1] not in GOOD and kind[0] != "restarts"}
+    faults = {kind: n for kind, n in kinds.items() if kind[1] in FAULTS or kind[0] == "restarts"}
     row = {"experiment": "protocol model", "states": states, "steps": steps, "kinds of fault": len(faults)}
     print(json.dumps({**row, "faults fired": sum(faults.values()), "violations": 0}))
     for outcome in ("done", "failed", "unknown", "fenced"):
@@ -76,3 +85,26 @@ def test_a_mistake_is_found(bug: str) -> None:
     print(f"{bug}: after {found.states} states\n{found.told()}")
     assert found.violation
     assert found.trace
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(400, marks=pytest.mark.soak)])
+def test_the_code_does_what_the_model_says(rounds: int) -> None:
+    rng = random.Random(5)
+    seen: Counter[tuple[str, str]] = Counter()
+    steps = sum(walk(config, rng, seen) for _ in range(rounds) for config in LED)
+    faults = {kind: n for kind, n in seen.items() if kind[1] in FAULTS or kind[0] == "restarts"}
+    row = {"experiment": "code beside the model", "walks": rounds * len(LED), "steps": steps, "kinds of fault": len(faults)}
+    print(json.dumps({**row, "faults fired": sum(faults.values()), "violations": 0}))
+    assert {kind[0] for kind in seen} >= {
+        "look take",
+        "put",
+        "read",
+        "peek",
+        "get",
+        "list",
+        "write",
+        "delete",
+        "arrives",
+        "restarts",
+    }
+    assert set(["lost", "stale", "refused", "unanswered", "twice"]) <= {kind[1] for kind in faults}
