@@ -54,7 +54,7 @@ class Turn:
             elif p.epoch:
                 self.acquired()
             else:
-                self.acquire()
+                self.commit("acquire")
         else:
             others = list(p.others)
             others.remove(op)
@@ -62,7 +62,7 @@ class Turn:
             if op == "resolve":
                 self.set(at="get first")
             elif op == "acquire":
-                self.acquire()
+                self.commit("acquire")
             else:
                 self.set(at=f"look {op}")
 
@@ -82,9 +82,6 @@ class Turn:
         self.denied = checkpoint
         if any(r and checkpoint in r.kept for r in self.log):
             self.wrong = f"committed, although it was said not to be: {checkpoint}"
-
-    def acquire(self) -> None:
-        self.commit("acquire")
 
     def acquired(self) -> None:
         """The process owns an epoch: go on with what it wanted it for."""

@@ -107,4 +107,4 @@ def test_the_code_does_what_the_model_says(rounds: int) -> None:
         "arrives",
         "restarts",
     }
-    assert set(["lost", "stale", "refused", "unanswered", "twice"]) <= {kind[1] for kind in faults}
+    assert {"lost", "stale", "refused", "unanswered", "twice"} <= {kind[1] for kind in faults}
