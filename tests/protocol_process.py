@@ -59,12 +59,7 @@ class Turn:
             others = list(p.others)
             others.remove(op)
             self.set(op=op, others=tuple(others))
-            if op == "resolve":
-                self.set(at="get first")
-            elif op == "acquire":
-                self.commit("acquire")
-            else:
-                self.set(at=f"look {op}")
+            self.set(at="get first" if op == "resolve" else f"look {op}")
 
     def end(self, outcome: str) -> None:
         """The operation returned or raised."""
@@ -91,8 +86,6 @@ class Turn:
             self.commit("prune")
         elif not p.collected:
             self.set(collected=True, at="look collect")
-        elif p.op == "acquire":
-            self.end("done")
         else:
             self.start_saving()
 
@@ -204,7 +197,7 @@ class Turn:
         """CommitUnknown."""
         p = self.p
         if p.change == "acquire":
-            self.end("unknown" if p.op == "acquire" else "failed")
+            self.end("failed")  # of what the store was acquired for, that is sure
         elif self.bug == "data of an ambiguous commit collected" and p.change == "save":
             self.set(at="discard", tries=0, ambiguous=False)
         else:
@@ -239,7 +232,7 @@ class Turn:
             if not p.failed:
                 self.set(deleted=tuple(sorted({*p.deleted, *self.record(p.head).retired})))
             self.end("failed" if p.failed else "done")
-        elif p.change in ("save", "prune") or p.op == "acquire":
+        elif p.change in ("save", "prune"):
             self.end("done")
         else:
             self.start_saving()
@@ -301,8 +294,6 @@ class Turn:
         elif why == "collect":
             if ok and slot > 1:
                 self.set(at="list")
-            elif p.op == "acquire":
-                self.end("done")
             else:
                 self.start_saving()
         elif why == "first":
