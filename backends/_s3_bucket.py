@@ -85,12 +85,27 @@ class Bucket:
             self._always["RequestPayer"] = options["request_payer"]
         self._proven = False  # the service has sent a CRC-64/NVME back
         self._lock = threading.Lock()
-        self._client: tuple[int, Any] | None = None
+        self._made: tuple[int, Any, Any] | None = None  # by which process; the client; its credentials then
 
     def call(self, operation: str, key: str | None = None, **params: Any) -> Any:
-        """Send one request and return the SDK's answer; raises what the SDK raises."""
-        where = {} if key is None else {"Key": self.root + key}
-        answer = getattr(self._connected(), operation)(**self._always, **where, **params)
+        """Send one request and return the SDK's answer; raises what the SDK raises.
+
+        One that is refused for its credentials, and so did nothing, is sent again if other ones are found now: in a file, or from a role.
+        """
+        params.update(self._always if key is None else {**self._always, "Key": self.root + key})
+        _, client, credentials = made = self._make()
+        try:
+            answer = getattr(client, operation)(**params)
+        except RAISED as exc:
+            if not about_credentials(exc):
+                raise
+            with self._lock:
+                if self._made is made:  # else another thread has looked already
+                    self._made = None
+            _, client, found = self._make()
+            if found == credentials:
+                raise
+            answer = getattr(client, operation)(**params)
         sign = _SIGNS.get(operation)
         if sign and answer.get(sign) is None:
             # A 200 of something in between, a proxy or a log-in page: to the SDK, an object without attributes, or no objects.
@@ -163,29 +178,29 @@ class Bucket:
         except CkptStoreError:
             raise
         except RAISED as exc:
-            if about_credentials(exc):
-                with self._lock:
-                    self._client = None  # the next request looks for credentials anew
             kind, why = explain(exc, reading, creating)
             raise kind(f"{self.url}: cannot {doing} {key or 'objects'}: {why}") from exc
 
     def close(self) -> None:
         """Close the connections. Idempotent; used again, it connects again."""
         with self._lock:
-            made, self._client = self._client, None
+            made, self._made = self._made, None
         if made is not None and made[0] == os.getpid():
             made[1].close()
 
     def _connected(self) -> Any:
-        made = self._client
+        return self._make()[1]
+
+    def _make(self) -> tuple[int, Any, Any]:
+        made = self._made
         if made is None or made[0] != os.getpid():  # connections must not be shared with a parent process
             with self._lock:
-                made = self._client
+                made = self._made
                 if made is None or made[0] != os.getpid():
-                    made = self._client = (os.getpid(), self._connect())
-        return made[1]
+                    made = self._made = (os.getpid(), *self._connect())
+        return made
 
-    def _connect(self) -> Any:
+    def _connect(self) -> tuple[Any, Any]:
         options = self._options
         session = boto3.Session(profile_name=options.get("profile"), region_name=options.get("region"))
         config = Config(
@@ -214,7 +229,8 @@ class Bucket:
         client = self._client_of(session, config.merge(Config(s3=s3, request_checksum_calculation="when_required")))
         client.meta.events.register_last("before-call.s3", self._adapt)
         client.meta.events.register("before-send.s3", _send_memory)
-        return client
+        credentials = None if options.get("anonymous") == "1" else session.get_credentials()
+        return client, credentials and credentials.get_frozen_credentials()
 
     def _client_of(self, session: Any, config: Config) -> Any:
         try:

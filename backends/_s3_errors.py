@@ -26,7 +26,8 @@ from ckptstore.errors import (
 __all__ = ["RAISED", "about_credentials", "code_of", "explain", "status_of"]
 
 _CREDENTIALS = (
-    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE, and that they are for this service"
+    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE: "
+    "they must be for this service, and not have expired"
 )
 _REGION = "the bucket is in another region; name it with region="
 _EXPIRED = "the credentials have expired; renew them"
@@ -72,8 +73,8 @@ _LOST = (
     *(sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, ResponseParserError, OSError),
     HTTPError,  # of urllib3: bodies are read past the SDK's own mapping of errors
 )
-RAISED = (sdk.BotoCoreError, sdk.ClientError, *_LOST)
-"""All that the SDK raises."""
+RAISED = (sdk.BotoCoreError, sdk.ClientError, RuntimeError, *_LOST)
+"""All that the SDK raises; RuntimeError where renewed credentials have expired, too."""
 
 
 def code_of(exc: BaseException) -> str:
@@ -88,7 +89,8 @@ def status_of(exc: sdk.ClientError) -> int:
 
 def about_credentials(exc: BaseException) -> bool:
     """Say whether other credentials could have helped."""
-    return code_of(exc) in _STALE or isinstance(exc, (sdk.NoCredentialsError, sdk.CredentialRetrievalError))
+    found = isinstance(exc, (sdk.NoCredentialsError, sdk.CredentialRetrievalError)) or type(exc) is RuntimeError
+    return found or code_of(exc) in _STALE
 
 
 def explain(exc: Exception, reading: bool, creating: bool) -> tuple[type[CkptStoreError], str]:
@@ -147,10 +149,14 @@ def _failure(exc: Exception) -> tuple[type[CkptStoreError], str]:
         return PermissionDenied, f"{exc}; log in again with the AWS command line"
     if isinstance(exc, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError)):
         return Transient, f"{exc}; credentials could not be had now"
+    if type(exc) is RuntimeError:
+        return Transient, f"{exc} Renew them"
     if isinstance(exc, sdk.ProfileNotFound):
         return InvalidOption, f"{exc}; see ~/.aws/config, AWS_PROFILE and profile="
     if isinstance(exc, sdk.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
         return BackendError, f"{exc}; if the certificate is the right one, name its authority's in AWS_CA_BUNDLE"
+    if isinstance(exc, sdk.SSLError):
+        return Transient, f"{exc} Check that endpoint_url is right to say https"
     if isinstance(exc, sdk.EndpointConnectionError) and _no_such_host(exc):
         return BackendError, f"{exc} There is no such host: check endpoint_url, region and the bucket's name"
     if isinstance(exc, _UNSENT):

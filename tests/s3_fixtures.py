@@ -51,6 +51,21 @@ def simple_server(moto: Server, reached: Callable[[Service], Service]) -> Servic
     return reached(Service(moto, checksum="when_required"))
 
 
+@pytest.fixture(scope="session")
+def ceph_rgw() -> Iterator[Server]:
+    """See `ceph_rgw_server`."""
+    from ceph import ceph_rgw_server
+
+    with ceph_rgw_server() as running:
+        yield running
+
+
+@pytest.fixture
+def old_s3(ceph_rgw: Server, reached: Callable[[Service], Service]) -> Service:
+    """Ceph, which knows no CRC-64/NVME, and conditions only on a PUT. For the soak."""
+    return reached(Service(ceph_rgw, checksum="when_required"))
+
+
 @pytest.fixture
 def backend(server: Service) -> Iterator[S3Backend]:
     """A new place on SeaweedFS."""

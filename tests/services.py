@@ -23,6 +23,7 @@ from pathlib import Path
 import boto3
 import pytest
 from conftest import require
+from procs import Nursery, nursery
 
 __all__ = [
     "Server",
@@ -129,14 +130,14 @@ def _answers(url: str) -> bool:
 
 
 @contextmanager
-def seaweedfs_server(folder: Path) -> Iterator[Server]:
+def seaweedfs_server(folder: Path, *options: str) -> Iterator[Server]:
     """SeaweedFS, which obeys conditions and compares checksums as Amazon does."""
     who = {"name": "admin", "credentials": [dict(zip(("accessKey", "secretKey"), KEYS, strict=True))]}
     identity = {**who, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir()
     command = ["weed", "mini", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=s3.json"]
-    command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *options]
     ports = {name: _free_port() for part in ("s3", "master", "volume", "filer", "admin") for name in (part, f"{part}.port.grpc")}
     command += [f"-{name if '.' in name else name + '.port'}={port}" for name, port in ports.items()]
     with _running(command, ports["s3"], folder) as server:
@@ -263,3 +264,9 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """See `azurite_server`."""
     with azurite_server(tmp_path_factory.mktemp("azurite")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def racers() -> Iterator[Nursery]:
+    """See `races`."""
+    yield from nursery("races")

@@ -27,7 +27,7 @@ pytest_plugins = ("s3_fixtures",)
 # --- conformance
 
 
-class _Conformance(BackendConformance):
+class Conformance(BackendConformance):
     finish_may_overwrite = True  # no key of a data file is ever used twice, so that it is not worth a condition
     rounds = 2
     many = 30  # see test_pages
@@ -87,13 +87,13 @@ class _Conformance(BackendConformance):
         assert [*self.raw_keys()] == ["log/1"]
 
 
-class TestSeaweedFS(_Conformance):
+class TestSeaweedFS(Conformance):
     @pytest.fixture
     def _server(self, server: Service) -> Service:
         return server
 
 
-class TestMoto(_Conformance):
+class TestMoto(Conformance):
     @pytest.fixture
     def _server(self, simple_server: Service) -> Service:
         return simple_server

@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import races
 import torch
 from procs import Channel, Nursery, nursery
-from s3_rig import Service, created, keys, location_of
+from s3_rig import Service, keys, location_of
 from stores import write
 
 from ckptstore import Store
-from ckptstore.backends.s3 import S3Backend
-from ckptstore.errors import Fenced, NoAtomicCreate, StoreNotFound
+from ckptstore.errors import NoAtomicCreate, StoreNotFound
 
 pytest_plugins = ("s3_fixtures",)
 
@@ -150,51 +150,13 @@ def test_interrupted_uploads_are_found_by_gc(server: Service, processes: Nursery
     assert not [key for key in keys(backend) if key.endswith(".partial")]
 
 
-def _create(channel: Channel, env: dict[str, str], location: str, options: dict[str, str], names: list[str]) -> None:
-    os.environ.update(env)
-    backend = S3Backend.open(location, options)
-    channel.send("ready")
-    channel.recv()
-    channel.send("created", *[name for name in names if created(backend, name)])
+def test_four_processes_create_and_one_wins_each_time(server: Service, racers: Nursery) -> None:
+    races.check_creations(racers, server.url(), server.server.env)
 
 
-def _save(channel: Channel, env: dict[str, str], url: str, owner: str, count: int) -> None:
-    os.environ.update(env)
-    with Store(url, owner=owner) as store:
-        channel.send("ready")
-        channel.recv()
-        try:
-            for step in range(count):
-                channel.send("saved", write(store, "latest", {"a": owner.encode()}, step=step))
-        except Fenced:
-            channel.send("fenced")
-
-
-def _together(children: list[Any]) -> list[list[list[Any]]]:
-    for child in children:
-        child.expect("ready")
-    for child in children:
-        child.send("go")
-    return [child.rest() for child in children]
-
-
-def test_four_processes_create_and_one_wins_each_time(server: Service, processes: Nursery) -> None:
-    location, names = server.place(), [f"log/{i}" for i in range(5)]
-    said = _together([processes.start(_create, server.server.env, location, server.options, names) for _ in range(4)])
-    assert sorted(name for [[_, *won]] in said for name in won) == names
-
-
-@pytest.mark.parametrize("owners", [["one"] * 4, ["a", "b", "c", "d"]], ids=["one launch", "four jobs"])
-def test_four_processes_save_under_one_name_and_none_loses(server: Service, processes: Nursery, owners: list[str]) -> None:
-    url = server.url(keep_last="all")
-    said = _together([processes.start(_save, server.server.env, url, owner, 3) for owner in owners])
-    saved = [message[1] for messages in said for message in messages if message[0] == "saved"]
-    fenced = [messages[-1] == ["fenced"] for messages in said]
-    assert len(saved) == 12 if len({*owners}) == 1 else not all(fenced)
-    with Store(url, owner="later") as store:
-        assert sorted(c.id for c in store.checkpoints()) == sorted(saved)
-        assert store.verify() == []
-        assert store.checkpoint("latest").id in saved
+@pytest.mark.parametrize("owners", races.OWNERS)
+def test_four_processes_save_under_one_name_and_none_loses(server: Service, racers: Nursery, owners: str) -> None:
+    races.check_saves(racers, server.url(keep_last="all"), races.OWNERS[owners], server.server.env)
 
 
 def test_eight_stores_save_at_once_and_none_loses(simple_server: Service) -> None:
