@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -128,7 +129,45 @@ def _moosefs(folder: Path) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _cephfs(folder: Path) -> Iterator[None]:
+    """One of each: monitor, manager, a store of objects in memory, server of metadata."""
+    _folders(folder, "mon", "mgr", "osd", "mds", "run")
+    conf = folder / "ceph.conf"
+    keys = f"keyring = {folder}/keys\n"
+    sizes = "osd pool default size = 1\nosd pool default min size = 1\nmon allow pool size one = true\nosd crush chooseleaf type = 0\n"
+    places = "".join(f"[{part}]\n{part} data = {folder}/{part}\n" for part in ("mon", "mgr", "osd", "mds"))
+    # A client that looks at what another one has just written waits for the next tick.
+    memory = "osd objectstore = memstore\nmemstore device bytes = 4294967296\nmds tick interval = 0.1\n"
+    run = f"run dir = {folder}/run\nadmin socket = {folder}/run/$name.$pid\nlog file = {folder}/$name.log\n"
+    conf.write_text(f"[global]\nfsid = {uuid.uuid4()}\nmon host = {_ADDRESS}\n{keys}{sizes}{memory}{run}{places}")
+    every = [word for part in ("mon", "mgr", "osd", "mds") for word in ("--cap", part, "allow *")]
+    new = "--create-keyring"
+    for name in ("mon.", "client.admin", "mgr.x", "osd.0", "mds.x"):
+        _run("ceph-authtool", folder / "keys", *([new] if new else ()), "--gen-key", "-n", name, *every)
+        new = ""
+    _run("monmaptool", "--create", "--add", "x", _ADDRESS, "--fsid", conf.read_text().split()[3], folder / "map")
+    _run("ceph-mon", "-c", conf, "--mkfs", "-i", "x", "--monmap", folder / "map", "--keyring", folder / "keys")
+    _start("ceph-mon", "-c", conf, "-f", "-i", "x")
+    ceph = ["ceph", "-c", conf]
+    osd = uuid.uuid4()
+    _run(*ceph, "osd", "new", osd)
+    _run("ceph-osd", "-c", conf, "-i", 0, "--mkfs", "--osd-uuid", osd)
+    for program, name in (("ceph-mgr", "x"), ("ceph-osd", 0), ("ceph-mds", "x")):
+        _start(program, "-c", conf, "-f", "-i", name)
+    for pool in ("meta", "data"):
+        _run(*ceph, "osd", "pool", "create", pool, 8)
+    _run(*ceph, "fs", "new", "fs", "meta", "data")
+    _wait(
+        lambda: b"up:active" in subprocess.run([*map(str, ceph), "mds", "stat"], stdout=subprocess.PIPE).stdout,
+        "the server of metadata",
+    )
+    _both(folder, lambda place, name: _start("ceph-fuse", "-c", conf, "-f", place))
+    yield
+
+
 KINDS: dict[str, tuple[Callable[[Path], AbstractContextManager[None]], tuple[str, ...]]] = {
+    "cephfs": (_cephfs, ("ceph", "ceph-authtool", "monmaptool", "ceph-mon", "ceph-mgr", "ceph-osd", "ceph-mds", "ceph-fuse")),
     "glusterfs": (_glusterfs, ("glusterd", "gluster", "glusterfs")),
     "moosefs": (_moosefs, ("mfsmaster", "mfschunkserver", "mfsmount")),
     "seaweedfs": (_seaweedfs, ("weed", "fusermount3")),

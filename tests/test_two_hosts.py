@@ -59,7 +59,9 @@ class TestShared(BackendConformance):
         path.write_bytes(data)
 
     def raw_keys(self) -> Sequence[str]:
-        return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
+        # NFS keeps a removed file that somebody has open, here a forgotten writer, under such a name.
+        found = (p for p in self.root.rglob("*") if not p.is_dir() and not SharedBackend.hidden.fullmatch(p.name))
+        return [str(p.relative_to(self.root)) for p in found]
 
     def test_replace_creates_and_overwrites(self) -> None:
         """What was replaced on one host may be seen on another one for as long as that one caches: 1 s on GlusterFS, up to 60 s on NFS."""
