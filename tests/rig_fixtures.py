@@ -16,8 +16,6 @@ from juicefs_rig import SharedFolder
 
 pytest_plugins = ("juicefs_fixtures",)
 
-MOUNTS = "CKPTSTORE_TEST_MOUNTS"
-"""The environment variable with the folder of two mounts that are there already."""
 _numbers = count(1)
 
 
@@ -60,11 +58,11 @@ def weed_mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 _SOAK = [pytest.param(kind, marks=pytest.mark.soak) for kind in shared_rigs.KINDS if kind != "seaweedfs"]
 
 
-@pytest.fixture(scope="session", params=[MOUNTS] if os.environ.get(MOUNTS) else ["juicefs", *_SOAK])
+@pytest.fixture(scope="session", params=[shared_rigs.MOUNTS] if os.environ.get(shared_rigs.MOUNTS) else ["juicefs", *_SOAK])
 def each_mounts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder with two mounts, of one kind after the other."""
-    if request.param == MOUNTS:
-        yield Path(os.environ[MOUNTS]).resolve()
+    if request.param == shared_rigs.MOUNTS:
+        yield Path(os.environ[shared_rigs.MOUNTS]).resolve()
     elif request.param == "juicefs":
         yield request.getfixturevalue("mounts")
     else:

@@ -21,7 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-__all__ = ["KINDS", "command", "missing"]
+__all__ = ["KINDS", "MOUNTS", "command", "missing"]
+
+MOUNTS = "CKPTSTORE_TEST_MOUNTS"
+"""The environment variable with the folder of two mounts that are there already."""
 
 _PATIENCE = 60
 """Seconds that a server or a client may take to begin."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nfs_rig
 import pytest
-import rig_fixtures
+import shared_rigs
 import test_two_hosts
 from conftest import require
 
@@ -36,7 +36,7 @@ def test_two_hosts_on_nfs(tmp_path: Path, version: str) -> None:
     here = {
         "TMPDIR": disk,
         "HYPOTHESIS_STORAGE_DIRECTORY": disk,
-        rig_fixtures.MOUNTS: str(tmp_path),
+        shared_rigs.MOUNTS: str(tmp_path),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     status, said = nfs_rig.boot(tmp_path, version, command, {**os.environ, **here}, 3600)
