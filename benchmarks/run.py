@@ -21,6 +21,7 @@ BENCHMARKS = {
     "save_memory": "peak extra memory of a synchronous save of 1 GiB (MiB; target <= 64)",
     "small_save": "a 4 KiB save beside temp file, fsync, replace, fsync directory (ratio; target <= 2)",
     "s3_requests": "requests to S3 (targets: save <= 6, newest <= 3), memory of a save of 1 GiB",
+    "shared_folder": "JuiceFS mounted twice: racing commits; 1 GiB beside plain write and fsync, and read (ratio; target <= 1.15)",
     "object_store": "save and load of 1 GiB on S3 beside other clients (target: 1.3 times the fastest other)",
 }
 
