@@ -79,7 +79,9 @@ def main(a: Path, b: Path) -> None:
     figures: dict[str, object] = {"file system": "JuiceFS", "rounds": ROUNDS}
     for count in (1, 2):
         rates = [race([f"shared://{place}/race-{count}-{turn}?create=1" for place in (a, b)[:count]]) for turn in range(3)]
-        figures[f"commits per second, {count} writer{'s' * (count > 1)}"] = f"{median(rates):.0f} ({min(rates):.0f} – {max(rates):.0f})"
+        figures[f"commits per second, {count} writer{'s' * (count > 1)}"] = (
+            f"{median(rates):.0f} ({min(rates):.0f} – {max(rates):.0f})"
+        )
     state = {f"layer{i}": torch.rand(SIZE // 32 // 4) for i in range(32)}
     store, other = Store(f"shared://{a}/big?create=1&keep_last=1"), Store(f"shared://{b}/big")
     store.save({"warm": torch.ones(1)})
@@ -110,7 +112,7 @@ if __name__ == "__main__":
     else:
         folder = Path(sys.argv[1]).absolute()
         rig = [sys.executable, str(Path(__file__).parents[1] / "tests" / "juicefs_rig.py"), str(folder)]
-        with subprocess.Popen(rig, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        with subprocess.Popen(rig, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
             assert running.stdin
             assert running.stdout
             assert running.stdout.readline() == "ready\n"

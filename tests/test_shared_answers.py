@@ -1,0 +1,243 @@
+"""What the shared backend makes of each lie of a shared file system, one by one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sick_os import SickOS, error_after, error_before
+from stores import contents, write
+
+from ckptstore import Store
+from ckptstore.backends import shared
+from ckptstore.backends.shared import SharedBackend
+from ckptstore.errors import AlreadyExists, BackendError, NoAtomicCreate, NotFound
+
+FILES = {"a": b"first", "b/c": b"second" * 1000, "d": b""}
+PATHS = ("link", "listdir", "lstat", "mkdir", "open", "replace", "rmdir", "scandir", "stat", "unlink")
+
+
+@pytest.fixture(autouse=True)
+def sick(monkeypatch: pytest.MonkeyPatch) -> Iterator[SickOS]:
+    monkeypatch.setattr(shared, "_PAUSES", (0.0,) * len(shared._PAUSES))
+    with SickOS().installed() as it:
+        yield it
+
+
+def backend_at(folder: Path) -> SharedBackend:
+    return SharedBackend.open(str(folder), {})
+
+
+def test_all_is_flushed_and_closed_before_the_link_and_the_folder_after_it(tmp_path: Path, sick: SickOS) -> None:
+    steps: list[str] = []
+
+    def note(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        name = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else str(args[0])
+        kind = "temp" if name.endswith(".partial") else os.path.relpath(name, tmp_path)
+        steps.append(f"{call.__name__.strip('_').replace('no_flush', 'fsync')} {kind}")
+        return call(*args, **kwargs)
+
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    backend.put_if_absent("log/1", b"settles what is above")
+    sick.start(lambda name, nth: note if name in ("pwrite", "fsync", "close", "link") else None)
+    backend.put_if_absent("log/2", b"2", lambda: steps.append("ready"))
+    put = [step for step in steps if not step.startswith("close") or step == "close temp"]
+    assert put == ["pwrite temp", "ready", "fsync temp", "close temp", "link temp", "fsync log"]
+    steps.clear()
+    writer = backend.open_writer("data/x/a")
+    writer.write(0, memoryview(b"a"), 0)
+    writer.start_finish()
+    writer.finish()
+    finish = [step for step in steps if not step.startswith("close") or step == "close temp"]
+    assert finish == ["pwrite temp", "fsync temp", "close temp", "fsync .", "fsync data", "link temp", "fsync data/x"]
+
+
+def test_removed_files_that_somebody_has_open_are_neither_listed_nor_deleted(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    backend.put_if_absent("data/x/a", b"a")
+    odd = tmp_path / "data" / "x" / f".nfs{0:024x}"
+    odd.write_bytes(b"somebody has it open")
+    assert [info.key for info in backend.list("")] == ["data/x/a"]
+    backend.delete(["data/x/a"])
+    assert [info.key for info in backend.list("")] == []
+    assert odd.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_hard_links_only_a_single_writer_may_write(tmp_path: Path, sick: SickOS, number: int) -> None:
+    (tmp_path / "log").mkdir()
+    sick.start(lambda name, nth: error_before(number) if name == "link" else None)
+    with Store(f"shared://{tmp_path}") as store, pytest.raises(NoAtomicCreate, match=r"hard links.*single_writer=1"):
+        write(store)
+    with Store(f"shared://{tmp_path}?single_writer=1") as store:
+        made = write(store, files=FILES)
+        assert contents(store, made) == FILES
+
+
+def test_a_link_that_replaces_is_found_out(tmp_path: Path, sick: SickOS) -> None:
+    def replacing(call: Callable[..., object], args: tuple[str, str], kwargs: dict[str, int]) -> None:
+        fd = kwargs["dst_dir_fd"]
+        with suppress(FileNotFoundError):
+            os.unlink(args[1], dir_fd=fd)
+        os.link(*args, src_dir_fd=fd, dst_dir_fd=fd)
+
+    (tmp_path / "log").mkdir()
+    sick.start(lambda name, nth: replacing if name == "link" else None)
+    with Store(f"shared://{tmp_path}") as store, pytest.raises(NoAtomicCreate, match="single_writer=1"):
+        write(store)
+
+
+def test_two_links_that_both_say_that_they_won(tmp_path: Path, sick: SickOS) -> None:
+    """The file under the name is looked at, whatever was said."""
+
+    def lie(call: Callable[..., object], args: tuple[str, str], kwargs: dict[str, int]) -> None:
+        with suppress(FileExistsError):
+            os.link(*args, **kwargs)
+
+    (tmp_path / "log").mkdir()
+    first, second = backend_at(tmp_path), backend_at(tmp_path)
+    sick.start(lambda name, nth: lie if name == "link" else None)
+    first.put_if_absent("log/1", b"first")
+    with pytest.raises(AlreadyExists):
+        second.put_if_absent("log/1", b"second")
+    assert second.get("log/1", 10) == b"first"
+
+
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EIO])
+def test_the_count_of_links_tells_when_the_name_is_not_seen_yet(tmp_path: Path, sick: SickOS, number: int) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    made = error_after(number)
+
+    def hidden(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        if args[0] == "1":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return call(*args, **kwargs)
+
+    sick.start(lambda name, nth: made if name == "link" else hidden if name == "stat" else None)
+    backend.put_if_absent("log/1", b"1")
+    assert backend.get("log/1", 1) == b"1"
+
+
+def test_a_folder_that_has_become_stale_is_opened_anew_for_the_link(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    stale: list[int] = []
+
+    def link(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        stale[:] = stale or [os.dup(kwargs["dst_dir_fd"]), kwargs["dst_dir_fd"]]
+        if kwargs["dst_dir_fd"] in stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return call(*args, **kwargs)
+
+    sick.start(lambda name, nth: link if name == "link" else None)
+    backend.put_if_absent("log/1", b"1")
+    assert backend.get("log/1", 1) == b"1"
+    os.close(stale[0])
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_a_rename_that_was_made_counts(tmp_path: Path, sick: SickOS, number: int) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    sick.start(lambda name, nth: error_after(number) if name == "replace" else None)
+    backend.replace("hint", b"new")
+    assert backend.get("hint", 3) == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["hint", "log"]
+
+
+@pytest.mark.parametrize(
+    ("method", "known", "times", "found"),
+    [
+        ("stat", "created", 4, True),
+        ("stat", "met", 4, True),
+        ("stat", False, 1, True),
+        ("stat", False, 2, False),  # the newest slot is found by looking at what is not there
+        ("stat", True, 4, True),
+        ("get", False, 4, True),  # its folder lists it
+        ("get", True, 4, True),
+        ("get", False, 10**6, None),
+        ("stat", True, 10**6, None),
+    ],
+)
+def test_what_is_missing_is_looked_for_again(
+    tmp_path: Path, sick: SickOS, method: str, known: bool | str, times: int, found: bool | None
+) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    (backend if known == "created" else backend_at(tmp_path)).put_if_absent("log/1", b"1")
+    if known == "met":
+        with pytest.raises(AlreadyExists):
+            backend.put_if_absent("log/1", b"2")
+    elif known is True:
+        backend.stat("log/1")
+    left = times
+
+    def missing(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        nonlocal left
+        if args[0] == "1" and left:
+            left -= call.__name__ == method.replace("get", "open")
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return call(*args, **kwargs)
+
+    def look() -> object:
+        return backend.stat("log/1") if method == "stat" else backend.get("log/1", 1)
+
+    sick.start(lambda name, nth: missing if name in ("open", "stat") else None)
+    if found:
+        assert look()
+    else:
+        with pytest.raises(BackendError if found is None else NotFound):
+            look()
+
+
+@pytest.mark.parametrize("call", PATHS)
+def test_what_the_server_calls_stale_is_opened_anew(tmp_path: Path, sick: SickOS, call: str) -> None:
+    """Nobody is told of it but by the time it takes."""
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    backend.put_if_absent("log/1", b"1")
+    struck = 0
+    for act in (
+        lambda: backend.get("log/1", 1),
+        lambda: backend.stat("log/1"),
+        lambda: backend.read_into("log/1", 0, memoryview(bytearray(1))),
+        lambda: list(backend.list("")),
+        lambda: backend.replace("hint", b"x"),
+        lambda: backend.put_if_absent("data/x/a", b"x"),
+        lambda: backend.put_if_absent("data/y/a", b"x"),
+        lambda: backend.open_writer("data/z/a").abort(),
+        lambda: backend.delete(["data/x/a"]),
+        lambda: backend.delete(["data/y/a"]),
+    ):
+        sick.start(lambda name, nth: error_before(errno.ESTALE) if name == call and nth <= 2 else None)
+        act()
+        struck += sick.seen[call]
+        sick.heal()
+    found = [info.key for info in backend.list("")]
+    assert [key for key in found if not key.endswith(("/", ".partial"))] == ["hint", "log/1"]
+    assert struck or call in ("listdir", "lstat")
+
+
+def test_a_file_that_could_not_be_made_durable_has_no_name(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    for nth in range(1, 100):
+        backend = backend_at(tmp_path)
+        writer = backend.open_writer("data/x/a")
+        writer.write(0, memoryview(b"a"), 0)
+        sick.start(lambda name, n, nth=nth: error_before(errno.EIO) if name == "fsync" and n == nth else None)  # type: ignore[misc]
+        try:
+            writer.finish()
+        except BackendError:
+            writer.abort()
+            assert list(backend.list("")) == []
+        else:
+            break
+    assert nth > 4
