@@ -14,6 +14,7 @@ import pytest
 from sick_os import SickOS, Trouble, error_after, error_before, half, hide_new_names, old_listing, silly_rename
 from stores import contents, state_of, store_on, write
 
+from ckptstore import log
 from ckptstore.backends import shared
 from ckptstore.backends.shared import SharedBackend
 from ckptstore.errors import CkptStoreError, CommitUnknown, Fenced
@@ -25,6 +26,8 @@ FILES = {"a": b"first", "b/c": b"second" * 1000, "d": b""}
 @pytest.fixture(autouse=True)
 def sick(monkeypatch: pytest.MonkeyPatch) -> Iterator[SickOS]:
     monkeypatch.setattr(shared, "_PAUSES", (0.0,) * len(shared._PAUSES))
+    monkeypatch.setattr(log, "_HINT_EVERY", 2)  # so that files are replaced, too
+    monkeypatch.setattr(log, "_SHRINK_ABOVE", 0)
     with SickOS().installed() as it:
         yield it
 
@@ -43,10 +46,10 @@ def past(tmp_path: Path, sick: SickOS) -> Past:
     folder = tmp_path / "past"
     (folder / "log").mkdir(parents=True)
     with store_on(backend_at(folder), keep_last="all") as first:
-        ids = [write(first, step=step) for step in range(3)]
+        ids = [first.save({"step": step}, step=step).id for step in range(3)]
         first.tag("old", ids[0])
     with store_on(backend_at(folder), keep_last="all") as second:
-        write(second, step=3)
+        second.save({"step": 3}, step=3)
         (folder / "data/e1-s7-0123456789ab").mkdir()
         (folder / "data/e1-s7-0123456789ab/state.pt").write_bytes(b"left by the first job, which died")
         data = {c.id: contents(second, c.id) for c in second}
@@ -78,6 +81,22 @@ class Job:
             self.store = strict
             strict.prune()
 
+    def gc(self) -> None:
+        for place in ("data/e1-s7-ba9876543210", "log"):
+            (self.folder / place).mkdir(exist_ok=True)
+            (self.folder / place / "000000000003.0123456789abcdef.partial").write_bytes(b"left by a job that died")
+        self.store.gc()
+
+    def load(self) -> None:
+        """Load the newest; what is not seen yet cannot be. Falling back from a whole one would be a warning, which ends the test."""
+        assert self.store.load()["step"] in (2, 3)
+
+    def resume(self) -> None:
+        state = {"step": -1}
+        resumed = self.store.resume(state)
+        assert resumed is not None
+        assert resumed.step == state["step"] == 3
+
     @property
     def state(self) -> Record:
         return state_of(backend_at(self.folder))
@@ -88,39 +107,59 @@ class Operation:
     name: str
     run: Callable[[Job], object]
     took_effect: Callable[[Record], bool]
+    calls: str
+    """What it must be known to call, so that no trouble is left out unseen."""
     warm: bool = True
+    at_once: bool = True
+    """Whether an error means that nothing of it was done."""
+    took_over: bool = False
+    """Whether it is done by the next change as well."""
 
 
 def steps(state: Record) -> list[int | None]:
     return [e.step for e in state.checkpoints]
 
 
+COMMIT = "close fsync link open preadv pwrite replace stat unlink"
+TAKE_OVER = f"{COMMIT} rmdir scandir"
 OPERATIONS = [
-    Operation("save", Job.save, lambda s: 9 in steps(s)),
-    Operation("first save", Job.save, lambda s: 9 in steps(s), warm=False),
-    Operation("acquire", lambda job: job.store.acquire(), lambda s: s.owner == "job", warm=False),
-    Operation("tag", lambda job: job.store.tag("best", "old"), lambda s: "best" in s.names),
-    Operation("delete", lambda job: job.store.delete("old"), lambda s: 0 not in steps(s)),
-    Operation("prune", Job.prune, lambda s: 1 not in steps(s)),
-    Operation("gc", lambda job: job.store.gc(), lambda s: True),
+    Operation("save", Job.save, lambda s: 9 in steps(s), f"{COMMIT} mkdir"),
+    Operation("first save", Job.save, lambda s: 9 in steps(s), f"{TAKE_OVER} mkdir", warm=False),
+    Operation("acquire", lambda job: job.store.acquire(), lambda s: s.owner == "job", TAKE_OVER, warm=False, took_over=True),
+    Operation("tag", lambda job: job.store.tag("best", "old"), lambda s: "best" in s.names, COMMIT),
+    Operation("delete", lambda job: job.store.delete("old"), lambda s: 0 not in steps(s), TAKE_OVER),
+    Operation("prune", Job.prune, lambda s: 1 not in steps(s), TAKE_OVER),
+    Operation("gc", Job.gc, lambda s: True, "close open rmdir scandir stat unlink", at_once=False),
+    Operation("load", Job.load, lambda s: True, "close open preadv stat", warm=False, at_once=False),
+    Operation("resume", Job.resume, lambda s: s.owner == "job", TAKE_OVER, warm=False, at_once=False, took_over=True),
 ]
 
 PATHS = ("link", "listdir", "lstat", "mkdir", "open", "replace", "rmdir", "scandir", "stat", "unlink")
 LOOKS = ("link", "lstat", "mkdir", "open", "stat")
+DATA = ("close", "fsync", "preadv", "pwrite")
 LATE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def before(number: int, *calls: str) -> list[tuple[str, str, Trouble]]:
+    return [(call, errno.errorcode[number], error_before(number)) for call in calls]
+
+
+def after(number: int, *calls: str) -> list[tuple[str, str, Trouble]]:
+    return [(call, f"done, but {errno.errorcode[number]}", error_after(number)) for call in calls]
+
+
 TROUBLES: list[tuple[str, str, Trouble]] = [
-    *((call, "ESTALE", error_before(errno.ESTALE)) for call in PATHS),
-    *((call, "EIO", error_before(errno.EIO)) for call in PATHS),
-    *((call, "ENOENT", error_before(errno.ENOENT)) for call in ("open", "stat", "lstat", "unlink")),
-    *((call, f"{errno.errorcode[e]} late", error_after(e)) for call in ("fsync", "close") for e in LATE),
-    *(("link", f"made, but {errno.errorcode[e]}", error_after(e)) for e in (errno.EEXIST, errno.EIO, errno.ENOENT, errno.ESTALE)),
-    *(("replace", f"made, but {errno.errorcode[e]}", error_after(e)) for e in (errno.ENOENT, errno.EIO)),
-    ("unlink", "done, but ENOENT", error_after(errno.ENOENT)),
-    ("mkdir", "done, but EEXIST", error_after(errno.EEXIST)),
-    ("pwrite", "ENOSPC", error_before(errno.ENOSPC)),
+    *before(errno.ESTALE, *PATHS, *DATA),
+    *before(errno.EIO, *PATHS, "preadv", "pwrite"),
+    *before(errno.ENOENT, "lstat", "open", "stat", "unlink"),
+    *(trouble for number in LATE for trouble in after(number, "close", "fsync")),
+    *(trouble for number in (errno.EEXIST, errno.EIO, errno.ENOENT, errno.ESTALE) for trouble in after(number, "link")),
+    *(trouble for number in (errno.ENOENT, errno.EIO) for trouble in after(number, "replace")),
+    *after(errno.ENOENT, "unlink"),
+    *after(errno.EEXIST, "mkdir"),
+    *before(errno.ENOSPC, "mkdir", "open", "link", "pwrite"),
+    *before(errno.EDQUOT, "mkdir", "open", "link", "pwrite"),
     ("pwrite", "short", half),
-    ("preadv", "EIO", error_before(errno.EIO)),
-    ("preadv", "ESTALE", error_before(errno.ESTALE)),
     ("preadv", "short", half),
 ]
 
@@ -143,14 +182,14 @@ def strike(job: Job, sick: SickOS, operation: Operation, decide: Callable[[str, 
         assert happened, "it said that it was done"
     elif isinstance(error, CommitUnknown):
         answer = True if not error.durable else job.store.resolve(error)
-        assert answer == happened or operation.name == "acquire", "resolve told the truth"
-    elif operation.name != "gc":
+        assert answer == happened or operation.took_over, "resolve told the truth"
+    elif operation.at_once:
         assert not happened, f"it said that it was not done: {error!r}"
     check_past(job, operation)
     with store_on(backend_at(job.folder), keep_last="all", owner="job") as same:
         made = write(same, "next")
         assert contents(same, made)
-        assert operation.took_effect(job.state) == happened or operation.name == "acquire", "nothing changes its mind later"
+        assert operation.took_effect(job.state) == happened or operation.took_over, "nothing changes its mind later"
     with store_on(backend_at(job.folder), keep_last="all", owner="newer") as newer:
         newer.acquire()
         newer.gc()
@@ -174,38 +213,66 @@ def check_past(job: Job, operation: Operation) -> None:
     assert newest.step in (3, 9), "latest never goes back"
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
-@pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.soak)])
-def test_every_trouble_at_every_call(tmp_path: Path, sick: SickOS, past: Past, operation: Operation, most: int) -> None:
-    job = Job(past, tmp_path / "peace", warm=operation.warm)
+Plan = tuple[str, str, Trouble, int, int]
+
+
+def calls_of(operation: Operation, past: Past, folder: Path, sick: SickOS) -> Counter[str]:
+    """Return how often the operation makes each system call when all is well."""
+    job = Job(past, folder, warm=operation.warm)
     sick.start(lambda name, nth: None)
     operation.run(job)
     job.store._engine.settle()
-    calls = dict(sick.seen)
+    calls = Counter(sick.seen)
     job.store.close()
-    assert calls["open"] >= 3
-    plans = [
-        (call, what, trouble, nth, many)
-        for call, what, trouble in TROUBLES
-        for nth in range(1, calls.get(call, 0) + 1)
-        for many in (1, 3, 10**6)
-    ]
+    return calls
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+@pytest.mark.parametrize("each", [1, pytest.param(10**6, marks=pytest.mark.soak)])
+def test_every_trouble_at_every_call(tmp_path: Path, sick: SickOS, past: Past, operation: Operation, each: int) -> None:
+    """Once, three times or from then on; `each` of a kind, chosen at random."""
+    calls = calls_of(operation, past, tmp_path / "peace", sick)
+    assert set(operation.calls.split()) <= calls.keys()
+    chosen = random.Random(0)
     outcomes: Counter[str] = Counter()
-    for plan in random.Random(0).sample(plans, min(most, len(plans))):
-        call, what, _, nth, many = plan
+    for call, what, trouble in TROUBLES:
+        plans = [(nth, many) for nth in range(1, calls[call] + 1) for many in (1, 3, 10**6)]
+        for nth, many in chosen.sample(plans, min(each, len(plans))):
+            fired = 0
 
-        def decide(name: str, n: int, plan: tuple[str, str, Trouble, int, int] = plan) -> Trouble | None:
-            call, _, trouble, nth, many = plan
-            return trouble if name == call and nth <= n < nth + many else None
+            def decide(name: str, n: int, plan: Plan = (call, what, trouble, nth, many)) -> Trouble | None:
+                nonlocal fired
+                call, _, trouble, nth, many = plan
+                if name != call or not nth <= n < nth + many:
+                    return None
+                fired += 1
+                return trouble
 
-        again = Job(past, tmp_path / "run", warm=operation.warm)
-        try:
-            outcomes[strike(again, sick, operation, decide)] += 1
-        except BaseException as exc:
-            raise AssertionError(f"{many} × {what} from {call} {nth} on") from exc
-        shutil.rmtree(again.folder)
-    print(len(plans), outcomes)
-    assert min(outcomes["NoneType"], len(plans) - outcomes["NoneType"]) > 5
+            job = Job(past, tmp_path / "run", warm=operation.warm)
+            try:
+                outcomes[strike(job, sick, operation, decide)] += 1
+                assert fired
+            except BaseException as exc:
+                raise AssertionError(f"{many} × {what} from {call} {nth} on") from exc
+            shutil.rmtree(job.folder)
+    print(operation.name, sorted(calls.items()), outcomes)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
+@pytest.mark.parametrize("each", [3, pytest.param(10**6, marks=pytest.mark.soak)])
+def test_the_file_system_is_gone_from_one_call_on(
+    tmp_path: Path, sick: SickOS, past: Past, operation: Operation, each: int
+) -> None:
+    total = calls_of(operation, past, tmp_path / "peace", sick).total()
+    for number in (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ENOENT, errno.EACCES, errno.ETIMEDOUT):
+        for nth in random.Random(number).sample(range(1, total + 1), min(each, total)):
+            gone = error_before(number)
+            job = Job(past, tmp_path / "run", warm=operation.warm)
+            try:
+                strike(job, sick, operation, lambda name, n, nth=nth, gone=gone: gone if sick.seen.total() >= nth else None)  # type: ignore[misc]
+            except BaseException as exc:
+                raise AssertionError(f"{errno.errorcode[number]} from call {nth} of {total} on") from exc
+            shutil.rmtree(job.folder)
 
 
 # --- what is not one call gone wrong
@@ -216,7 +283,18 @@ def test_old_listings_and_removed_files_that_stay(tmp_path: Path, sick: SickOS, 
     for calls, make in ((("scandir", "listdir"), old_listing), (("unlink",), lambda root: silly_rename)):
         job = Job(past, tmp_path / "run", warm=operation.warm)
         trouble = make(str(job.folder))
-        assert strike(job, sick, operation, lambda name, nth, c=calls, t=trouble: t if name in c else None) == "NoneType"  # type: ignore[misc]
+        fired: list[str] = []
+
+        def decide(
+            name: str, nth: int, calls: tuple[str, ...] = calls, trouble: Trouble = trouble, fired: list[str] = fired
+        ) -> Trouble | None:
+            if name in calls:
+                fired.append(name)
+                return trouble
+            return None
+
+        assert strike(job, sick, operation, decide) == "NoneType"
+        assert fired or calls[0] not in operation.calls
         shutil.rmtree(job.folder)
 
 
@@ -248,24 +326,52 @@ def test_what_another_job_has_committed_is_not_seen_for_a_while(
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5, 20, 10**6])
-def test_a_new_job_acquires_although_it_cannot_see_the_newest_records(
-    tmp_path: Path, sick: SickOS, past: Past, looks: int
+@pytest.mark.parametrize("act", [lambda job: job.store.acquire(), Job.prune, lambda job: job.store.resume({"step": 0})])
+def test_a_new_job_takes_over_although_it_cannot_see_the_newest_records(
+    tmp_path: Path, sick: SickOS, past: Past, act: Callable[[Job], object], looks: int
 ) -> None:
     job = Job(past, tmp_path / "run", warm=False)
     hide = hide_new_names(str(job.folder), looks)
     with store_on(backend_at(job.folder), keep_last="all", owner="older") as older:
         for step in range(3):
-            write(older, step=20 + step)
+            older.save({"step": 20 + step}, step=20 + step)
         before = job.state
         sick.start(lambda name, nth: hide if name in LOOKS else None)
         try:
-            job.store.acquire()
+            act(job)
         except CkptStoreError:
             assert looks == 10**6
         sick.heal()
-        job.store.acquire()
+        act(job)
         state = job.state
         assert state.owner == "job"
-        assert steps(state) == steps(before)
+        assert steps(state) == ([0, 22] if act is Job.prune else steps(before)), "the newest, and what has a name, stays"
+        assert job.store.load() == {"step": 22}
         with pytest.raises(Fenced):
             write(older)
+    job.store.close()
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5, 20, 10**6])
+def test_what_is_not_seen_is_not_collected_and_not_taken_for_damage(tmp_path: Path, sick: SickOS, past: Past, looks: int) -> None:
+    """An old job's tools, beside a newer one."""
+    job = Job(past, tmp_path / "run", warm=True)
+    hide = hide_new_names(str(job.folder), looks)
+    with store_on(backend_at(job.folder), keep_last="all", owner="newer") as newer:
+        for step in range(3):
+            newer.save({"step": 20 + step}, step=20 + step)
+        (job.folder / f"data/e{job.state.epoch}-s99-ba9876543210").mkdir()
+        (job.folder / f"data/e{job.state.epoch}-s99-ba9876543210/state.pt").write_bytes(b"the newer job is about to save this")
+        before = sorted(job.folder.rglob("*"))
+        sick.start(lambda name, nth: hide if name in LOOKS else None)
+        for act in (job.store.gc, job.store.load, lambda: store_on(backend_at(job.folder)).load()):
+            try:
+                found = act()
+            except CkptStoreError:
+                assert looks == 10**6
+            else:
+                assert not isinstance(found, dict) or found["step"] in (3, 20, 21, 22)
+        sick.heal()
+        assert sorted(job.folder.rglob("*")) == before
+        assert newer.verify() == []
+    job.store.close()
