@@ -251,8 +251,8 @@ class SharedBackend(FolderBackend):
         self._patiently(super().read_into, key, offset, buffer, sure=True)
 
     def stat(self, key: str) -> ObjectInfo:
-        """See `Backend.stat`. Needs no listing; so a file may seem missing that has just been replaced elsewhere, a hint or an old slot."""
-        return self._patiently(super().stat, key)
+        """See `Backend.stat`. Nothing of the log is listed, where the next free slot is looked for; so an old slot may seem missing."""
+        return self._patiently(super().stat, key, sure=segments(key)[0] != _LOG)
 
     def delete(self, keys: Sequence[str]) -> None:
         """See `Backend.delete`."""
@@ -269,7 +269,7 @@ class SharedBackend(FolderBackend):
     def _patiently(self, call: Callable[..., _R], key: str, *more: Any, sure: bool = False) -> _R:
         """Return what ``call(key, *more)`` returns, tried again with the folders opened anew while what it says cannot be relied upon.
 
-        A missing file is looked for twice, and longer if it was there before, or, to be `sure`, if its folder lists it.
+        A missing file is looked for twice, and longer if it was there before, or, to be `sure`, if it is listed, or a folder on the way.
         """
         looks = 0
         pauses = iter(_PAUSES)
@@ -283,7 +283,7 @@ class SharedBackend(FolderBackend):
                 pause = next(pauses, None)
                 if pause is None:
                     if self._lists(key):
-                        why = "its folder lists it, but it cannot be opened; look again later"
+                        why = "it is listed, but it, or what is in it, cannot be opened; look again later"
                         raise BackendError(errno.ESTALE, why, self._path(key)) from None
                     raise
             except BackendError as exc:
@@ -297,10 +297,11 @@ class SharedBackend(FolderBackend):
             time.sleep(pause)
 
     def _lists(self, key: str) -> bool:
+        """Say whether `key` is listed, or the first folder on the way to it that cannot be opened."""
         *above, name = segments(key)
         with mapped_errors("list", self._path("/".join(above))), suppress(FileNotFoundError), self._folders(above) as folders:
             return name in os.listdir(folders.fd)
-        return False
+        return bool(above) and self._lists("/".join(above))
 
     def _saw(self, key: str) -> None:
         if len(self._seen) >= _SEEN:

@@ -266,6 +266,10 @@ class Log:
             if isinstance(record, Tombstone):
                 if self._taken(slot + 1):
                     return None
+                unseen = n + _WHOLE
+                damaged.append(
+                    f"commit record {n} was shrunk when {unseen} was there, and that is not to be seen (yet: a cache may be old)"
+                )
                 break
             digest = sha256(data)
             # Who left the hint knew the record before it: that spares the look at it.

