@@ -328,18 +328,19 @@ class SharedBackend(FolderBackend):
 
         A file system that was mounted again may have another device number, so that this alone means nothing.
         """
-        _, *found = folders.identity(0)
-        root_id = (found[0], found[1])
+        _, *identity = folders.identity(0)
+        root_id = (identity[0], identity[1])
         if self._root_id is None:
             self._size_writes(folders.fd)
         elif root_id != self._root_id and not _stat(_LOG, folders.fd):
             raise BackendError(errno.ESTALE, MOVED, self.root)
-        if create and not self._is_store:
-            if not _stat(_LOG, folders.fd):
-                if not self._create:
-                    raise BackendError(errno.ENOENT, f"there is no store in this folder; {_HOW}", self.root)
+        if not self._is_store:
+            found = _stat(_LOG, folders.fd)
+            if not found and not self._create:
+                raise BackendError(errno.ENOENT, f"there is no store in this folder; {_HOW}", self.root)
+            if not found and create:
                 self._refuse_local()
-            self._is_store = True
+            self._is_store = create or found is not None
         self._root_id = root_id
 
     def _refuse_local(self) -> None:
