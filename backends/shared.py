@@ -12,8 +12,8 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -29,6 +29,7 @@ from ckptstore.errors import (
 )
 from ckptstore.folder import MOVED, FolderBackend, FolderWriter, absolute, segments
 from ckptstore.mounts import file_system, is_local, two_may_link
+from ckptstore.openfile import LastOpened
 from ckptstore.posix import NO_LINKS, REFUSED, Folders, NewFile, mapped_errors, nearest_existing, start_writeback, write_all
 from ckptstore.protocol import Capabilities, ObjectInfo, PartWriter
 
@@ -67,6 +68,7 @@ class SharedBackend(FolderBackend):
             atomic_create=True, durable=True, part_size=write_size or _LEAST_WRITE, parallel=2, probe=True
         )
         self._is_store = False
+        self._last_read = LastOpened()
         self._kind: str | None = None  # of file system
         # Keys that were there. One that is missing now is looked for again: it is more likely that the cache is wrong.
         self._seen: dict[str, None] = {}
@@ -250,12 +252,18 @@ class SharedBackend(FolderBackend):
         """See `Backend.read_into`."""
         self._patiently(super().read_into, key, offset, buffer, sure=True)
 
+    @contextmanager
+    def _opened(self, key: str, end: int) -> Iterator[tuple[int, int]]:
+        with self._last_read.use(key, self._path(key), lambda: self._open_file(key), end) as found:
+            yield found
+
     def stat(self, key: str) -> ObjectInfo:
         """See `Backend.stat`. Nothing of the log is listed, where the next free slot is looked for; so an old slot may seem missing."""
         return self._patiently(super().stat, key, sure=segments(key)[0] != _LOG)
 
     def delete(self, keys: Sequence[str]) -> None:
         """See `Backend.delete`."""
+        self._last_read.drop()  # a file removed while open would stay as .nfs…
         for key in keys:
             self._patiently(self._delete, key)
             self._seen.pop(key, None)
@@ -307,6 +315,10 @@ class SharedBackend(FolderBackend):
         if len(self._seen) >= _SEEN:
             self._seen.clear()
         self._seen[key] = None
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._last_read.drop()
 
     # --- the root
 

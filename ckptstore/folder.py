@@ -12,7 +12,7 @@ import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import ClassVar, Generic, TypeVar
 
 from .errors import BackendError, InvalidName, InvalidURL
@@ -81,15 +81,21 @@ class FolderBackend:
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """See `Backend.read_into`."""
+        end = offset + buffer.nbytes
         with mapped_errors(self.reading, self._path(key), absent=True):
-            fd, size = self._open_file(key)
-            try:
+            with self._opened(key, end) as (fd, size):
                 got = read_full(fd, offset, buffer)
-            finally:
-                os.close(fd)
             if got < buffer.nbytes:
-                end = offset + buffer.nbytes
                 raise BackendError(errno.EIO, f"ends at byte {min(offset + got, size)}, expected {end}", self._path(key))
+
+    @contextmanager
+    def _opened(self, key: str, end: int) -> Iterator[tuple[int, int]]:
+        """Lend descriptor and size of a file that is read up to byte `end`."""
+        fd, size = self._open_file(key)
+        try:
+            yield fd, size
+        finally:
+            os.close(fd)
 
     def stat(self, key: str) -> ObjectInfo:
         """See `Backend.stat`."""
