@@ -226,6 +226,18 @@ def test_what_the_server_calls_stale_is_opened_anew(tmp_path: Path, sick: SickOS
     assert struck or call in ("listdir", "lstat")
 
 
+def test_a_file_that_was_replaced_while_it_was_read_is_read_again(tmp_path: Path, sick: SickOS) -> None:
+    """JuiceFS then answers EBADF."""
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    backend.replace("hint", b"1")
+    for read in (lambda: backend.get("hint", 9), lambda: backend.read_into("hint", 0, memoryview(bytearray(1)))):
+        sick.start(lambda name, nth: error_before(errno.EBADF) if name == "preadv" and nth == 1 else None)
+        read()
+        assert sick.seen["preadv"] >= 2
+        sick.heal()
+
+
 def test_a_file_that_could_not_be_made_durable_has_no_name(tmp_path: Path, sick: SickOS) -> None:
     (tmp_path / "log").mkdir()
     for nth in range(1, 100):

@@ -151,6 +151,7 @@ def after(number: int, *calls: str) -> list[tuple[str, str, Trouble]]:
 TROUBLES: list[tuple[str, str, Trouble]] = [
     *before(errno.ESTALE, *PATHS, *DATA),
     *before(errno.EIO, *PATHS, "preadv", "pwrite"),
+    *before(errno.EBADF, "preadv"),
     *before(errno.ENOENT, "lstat", "open", "stat", "unlink"),
     *(trouble for number in LATE for trouble in after(number, "close", "fsync")),
     *(trouble for number in (errno.EEXIST, errno.EIO, errno.ENOENT, errno.ESTALE) for trouble in after(number, "link")),
