@@ -253,3 +253,45 @@ def test_a_file_that_could_not_be_made_durable_has_no_name(tmp_path: Path, sick:
         else:
             break
     assert nth > 4
+
+
+def test_a_file_is_opened_once_for_all_its_parts(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    opened = 0
+
+    def count(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        nonlocal opened
+        opened += args[0] == "a"
+        return call(*args, **kwargs)
+
+    def still_open() -> bool:
+        links = (
+            os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")
+        )
+        return any(link.removesuffix(" (deleted)") == str(tmp_path / "a") for link in links)
+
+    def read(start: int) -> bytes:
+        part = bytearray(10)
+        backend.read_into("a", start, memoryview(part))
+        return bytes(part)
+
+    backend = backend_at(tmp_path)
+    sick.start(lambda name, nth: count if name == "open" else None)
+    assert b"".join(read(start) for start in range(0, 100, 10)) == bytes(range(100))
+    assert opened == 1
+    assert not still_open(), "it was read to its end"
+    ends: list[Callable[[], object]] = [
+        lambda: backend.delete(["b"]),  # perhaps the same file: an NFS client would keep it as .nfs…
+        backend.close,
+        lambda: pytest.raises(BackendError, read, 95),
+    ]
+    for end in ends:
+        read(0)
+        assert still_open()
+        end()
+        assert not still_open()
+    read(0)
+    (tmp_path / "new").write_bytes(bytes(100))
+    (tmp_path / "new").rename(tmp_path / "a")
+    assert read(10) == bytes(10), "what was put there instead is read"
