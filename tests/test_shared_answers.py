@@ -276,6 +276,10 @@ def test_a_file_is_opened_once_for_all_its_parts(tmp_path: Path, sick: SickOS) -
         backend.read_into("a", start, memoryview(part))
         return bytes(part)
 
+    def read_beyond_the_end() -> None:
+        with pytest.raises(BackendError):
+            read(95)
+
     backend = backend_at(tmp_path)
     sick.start(lambda name, nth: count if name == "open" else None)
     assert b"".join(read(start) for start in range(0, 100, 10)) == bytes(range(100))
@@ -284,7 +288,7 @@ def test_a_file_is_opened_once_for_all_its_parts(tmp_path: Path, sick: SickOS) -
     ends: list[Callable[[], object]] = [
         lambda: backend.delete(["b"]),  # perhaps the same file: an NFS client would keep it as .nfs…
         backend.close,
-        lambda: pytest.raises(BackendError, read, 95),
+        read_beyond_the_end,
     ]
     for end in ends:
         read(0)
