@@ -69,7 +69,7 @@ class SharedBackend(FolderBackend):
         )
         self._is_store = False
         self._last_read = LastOpened()
-        self._kind: str | None = None  # of file system
+        self._kind: str | None = None  # of file system, once there is a store on it
         # Keys that were there. One that is missing now is looked for again: it is more likely that the cache is wrong.
         self._seen: dict[str, None] = {}
 
@@ -353,6 +353,7 @@ class SharedBackend(FolderBackend):
             if not found and create:
                 self._refuse_local()
             self._is_store = create or found is not None
+            self._kind = file_system(self.root) if self._is_store else None
         self._root_id = root_id
 
     def _refuse_local(self) -> None:
@@ -363,10 +364,9 @@ class SharedBackend(FolderBackend):
             raise BackendError(errno.ENOENT, f"{why} {how}", self.root)
 
     def _refuse_two_winners(self) -> None:
-        if not self._is_store:  # it may be mounted yet
-            self._kind = file_system(nearest_existing(self.root))
-        if two_may_link(self._kind):
-            why = f"on {self._kind} two hosts can both win a link(), so two jobs could both believe that they committed"
+        kind = self._kind if self._is_store else file_system(nearest_existing(self.root))  # it may be mounted yet
+        if two_may_link(kind):
+            why = f"on {kind} two hosts can both win a link(), so two jobs could both believe that they committed"
             how = "add single_writer=1 to the URL if you make sure that only one job ever writes"
             raise NoAtomicCreate(errno.EOPNOTSUPP, f"{why}; {how}", self.root)
 
