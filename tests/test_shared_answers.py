@@ -255,6 +255,31 @@ def test_a_file_that_could_not_be_made_durable_has_no_name(tmp_path: Path, sick:
     assert nth > 4
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("name", ["fsync", "close"])
+def test_what_the_flush_or_the_close_tells_counts(tmp_path: Path, sick: SickOS, name: str, number: int) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+
+    def fail(call: Callable[..., object], args: tuple[int], kwargs: dict[str, Any]) -> None:
+        unfinished = os.readlink(f"/proc/self/fd/{args[0]}").endswith(".partial")
+        call(*args, **kwargs)
+        if unfinished:
+            raise OSError(number, os.strerror(number))
+
+    writer = backend.open_writer("data/x/a")
+    writer.write(0, memoryview(b"a"), 0)
+    sick.start(lambda called, nth: fail if called == name else None)
+    for act in (lambda: backend.put_if_absent("log/1", b"1"), writer.finish):
+        with pytest.raises(BackendError) as caught:
+            act()
+        assert caught.value.errno == number
+    sick.heal()
+    writer.abort()
+    assert [info.key for info in backend.list("")] == []
+    backend.put_if_absent("log/1", b"2")
+
+
 def test_a_file_is_opened_once_for_all_its_parts(tmp_path: Path, sick: SickOS) -> None:
     (tmp_path / "log").mkdir()
     (tmp_path / "a").write_bytes(bytes(range(100)))
