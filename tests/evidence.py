@@ -1,0 +1,61 @@
+"""What the fault experiments found, as one table: ``python evidence.py FILE`` prints it.
+
+An experiment strikes at each of its points once, with each of the subjects that it can be done with, and looks whether what was
+acknowledged is there afterwards, and whole. It says how that went with `record`; ``tox -e soak`` sets where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["OURS", "SUBJECTS", "record", "table"]
+
+OURS = "ckptstore"
+SUBJECTS = (OURS, "torch.save", "tmp + os.replace", "DCP")
+
+_FILE = "CKPTSTORE_EVIDENCE"
+"""The environment variable with the file that is added to; without it, nothing is."""
+
+
+def record(experiment: str, *, points: int, fired: int, violations: int, subject: str = OURS) -> None:
+    """Add a result; several of one experiment and subject are added up.
+
+    `points` were enumerated, at `fired` of them the fault really happened, and after `violations` of those something acknowledged was
+    missing or damaged, or a broken promise showed in another way.
+    """
+    assert subject in SUBJECTS
+    assert 0 <= violations <= fired <= points
+    if file := os.environ.get(_FILE):
+        line = json.dumps([experiment, subject, points, fired, violations]) + "\n"
+        fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(fd, line.encode())  # at once: other processes add theirs
+        finally:
+            os.close(fd)
+
+
+def table(lines: str) -> Iterator[str]:
+    """Yield the lines of the table, in Markdown."""
+    found: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+    for line in lines.splitlines():
+        experiment, subject, *numbers = json.loads(line)
+        found[experiment].update({(subject, what): n for what, n in zip(("points", "fired", "violations"), numbers, strict=True)})
+    yield f"| experiment | points | fired | {' | '.join(f'{s}: violations' for s in SUBJECTS)} |"
+    yield "|---|" + "---:|" * (2 + len(SUBJECTS))
+    for experiment in sorted(found):
+        counts = found[experiment]
+        cells = [f"{counts[OURS, 'points']}", f"{counts[OURS, 'fired']}"]
+        for subject in SUBJECTS:
+            fired = counts[subject, "fired"]
+            of = "" if subject == OURS else f" of {fired}"
+            cells.append(f"{counts[subject, 'violations']}{of}" if fired else "–")
+        yield f"| {experiment} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(*table(Path(sys.argv[1]).read_text()), sep="\n")
