@@ -89,7 +89,7 @@ def is_violation(rival: Rival, folder: Path, acknowledged: int | None, begun: in
     """Return whether a job that resumes finds neither what was acknowledged last nor what was being saved, or cannot read it."""
     try:
         found = rival.load(folder)
-    except Exception:  # whatever torch raises about a broken file
+    except (Exception, dcp.CheckpointException):  # whatever torch raises about a broken file; DCP's is no Exception
         return True
     return found != acknowledged and (begun is None or found != begun)
 

@@ -194,3 +194,47 @@ def test_a_missing_or_late_flush_is_found(life: Life, tmp_path: Path, stride: in
     evidence.record("flushes left out or made too late", points=tried, fired=tried, violations=len(survivors))
     assert not survivors
     assert tried >= 100 // stride
+
+
+LIFE_OF_A_RIVAL = """
+import os, rivals
+from pathlib import Path
+rival, folder = rivals.RIVALS[{name!r}], {folder!r}
+def mark(text):
+    try: os.unlink(folder + "/mark-" + text)
+    except FileNotFoundError: pass
+for step in (1, 2, 3):
+    mark(f"begin {{step}}")
+    rival.save(Path(folder), step)
+    mark(f"end {{step}}")
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["torch.save", "tmp + os.replace", "DCP"])
+def test_others_in_the_same_crash_states(tmp_path: Path, name: str) -> None:
+    """Counted for the table: what they lose."""
+    import crash_trace
+    import rivals
+
+    (tmp_path / "disk").mkdir()
+    code = LIFE_OF_A_RIVAL.format(name=name, folder=str(tmp_path / "disk"))
+    history, marks = crash_trace.traced(tmp_path / "disk", crash_trace.python(code))
+    rival = rivals.RIVALS[name]
+    assert rival.load(tmp_path / "disk") == 3
+    rng = random.Random(20261124)
+    seen, wrong = set(), 0
+    for at in range(len(history.operations) + 1):
+        acknowledged = max((step for step in (1, 2, 3) if marks[f"end {step}"] <= at), default=None)
+        begun = max((step for step in (1, 2, 3) if marks[f"begin {step}"] < at), default=None)
+        for tree in crash_states(history, at, 100, rng):
+            key = hash((acknowledged, begun, tuple(sorted(tree.items()))))
+            if key not in seen:
+                seen.add(key)
+                disk = tmp_path / str(next(_places))
+                build(tree, disk)
+                wrong += rivals.is_violation(rival, disk, acknowledged, begun)
+                shutil.rmtree(disk)
+    print(f"{name}: {len(history.operations)} operations, {len(seen)} states, {wrong} wrong")
+    evidence.record("crash states that POSIX allows", subject=name, points=len(seen), fired=len(seen), violations=wrong)
+    assert len(seen) > 30
