@@ -31,6 +31,6 @@ def combine(chunks: Iterable[tuple[int, int]]) -> int:
     return int(whole)
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | bytearray | memoryview) -> str:
     """Return the SHA-256 of `data` in lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()

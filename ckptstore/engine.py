@@ -13,6 +13,7 @@ from itertools import groupby
 
 from .checksum import sha256
 from .errors import CheckpointNotFound, CkptStoreError, DamagedManifest, FallbackWarning, NotFound, Unreadable
+from .key import Key
 from .log import Head, Log
 from .manifest import MANIFEST_LIMIT, Manifest, decode
 from .naming import MANIFEST, data_key, id_of_key
@@ -26,9 +27,10 @@ __all__ = ["Engine"]
 class Engine:
     """One store's moving parts. Thread-safe."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, key: Key | None = None) -> None:
         self.backend = backend
-        self.log = Log(backend)
+        self.key = key
+        self.log = Log(backend, key)
         self.workers = Workers(backend.capabilities.parallel)
         self.verdicts: dict[str, bool] = {}
         """Checkpoints read back here since the last commit: whole or not. The next commit writes it down."""
@@ -65,15 +67,15 @@ class Engine:
             raise DamagedManifest(f"the manifest of {entry.id} cannot be read: {exc}") from exc
         if sha256(data) != entry.manifest:
             raise DamagedManifest(f"the manifest of {entry.id} is not the one that was committed")
-        return decode(data, entry.id)
+        return decode(data, entry.id, self.key)
 
     def unrecorded(self, checkpoint_id: str) -> Entry:
-        """Make an entry for data that no record names, from its manifest alone, which is checked against its own checksum."""
+        """Make an entry for data that no record names, from its manifest alone, which is checked against its own checksum, or our key."""
         try:
             data = self.backend.get(data_key(checkpoint_id, MANIFEST), MANIFEST_LIMIT)
         except NotFound:
             raise DamagedManifest(f"{checkpoint_id} has no manifest: it was never completed") from None
-        found = decode(data, checkpoint_id)
+        found = decode(data, checkpoint_id, self.key)
         return Entry(
             id=checkpoint_id,
             step=found.step,

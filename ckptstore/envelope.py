@@ -2,6 +2,7 @@
 
 The bytes are exactly ``{"sha256":"<64 hex digits>","body":<body>}`` and a newline, where the digits are the SHA-256 of the bytes of
 ``<body>``. So every flipped bit and every truncation is found before the body is parsed, and the file is still plain JSON.
+With a key, ``,"hmac":"<64 hex digits>"`` follows the SHA-256: the HMAC-SHA-256 of the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from .checksum import sha256
-from .errors import Damaged, NewerFormat, UsageError
+from .errors import Damaged, Forged, KeyMismatch, NewerFormat, UsageError
+from .key import HOW, Key
 
 __all__ = ["FORMAT", "JSON", "check_json", "from_number", "seal", "to_number", "to_time", "unseal"]
 
@@ -26,26 +28,43 @@ _DEEPEST = 100
 JSON = Any
 """A value of plain JSON: dict with str keys, list, str, int, finite float, bool, None."""
 
-_HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","body":', b"}\n"
-_BODY = len(_HEAD) + 64 + len(_MIDDLE)
+_HEAD, _MAC, _MIDDLE, _TAIL = b'{"sha256":"', b'","hmac":"', b'","body":', b"}\n"
+_DIGITS = 64
 
 
-def seal(body: dict[str, JSON]) -> bytes:
-    """Return the bytes of an envelope around `body`, with the current format number added."""
+def seal(body: dict[str, JSON], key: Key | None = None) -> bytes:
+    """Return the bytes of an envelope around `body`, with the current format number added; authenticated if there is a `key`."""
     text = json.dumps({"format": FORMAT, **body}, separators=(",", ":"), sort_keys=True, allow_nan=False).encode("ascii")
-    return _HEAD + sha256(text).encode("ascii") + _MIDDLE + text + _TAIL
+    return _frame(text, key.sign(text) if key else None)
 
 
-def unseal(data: bytes, what: str) -> dict[str, JSON]:
-    """Check an envelope and return its body.
+def _frame(body: bytes, mac: bytes | None) -> bytes:
+    return _HEAD + sha256(body).encode("ascii") + (b"" if mac is None else _MAC + mac) + _MIDDLE + body + _TAIL
+
+
+def unseal(data: bytes, what: str, key: Key | None = None) -> dict[str, JSON]:
+    """Check an envelope and return its body. With a `key`, nothing is parsed that was not written with it.
 
     Raises:
         Damaged: the bytes are not what was written; `what` names them in the message.
+        Forged: they are whole, but not authentic.
+        KeyMismatch: they are authenticated, and there is no key to check them with.
         NewerFormat: they are whole, but of a newer format.
     """
-    body = data[_BODY : -len(_TAIL)]
-    if data != _HEAD + sha256(body).encode("ascii") + _MIDDLE + body + _TAIL:
+    start, mac = len(_HEAD) + _DIGITS, None
+    if data.startswith(_MAC, start):
+        start += len(_MAC) + _DIGITS
+        mac = data[start - _DIGITS : start]
+    body = data[start + len(_MIDDLE) : -len(_TAIL)]
+    if data != _frame(body, mac):
         raise Damaged(f"{what} is damaged: its bytes do not match its own checksum")
+    if key is None:
+        if mac is not None:
+            raise KeyMismatch(f"{what} was written with an hmac_key, and none is given here; {HOW}")
+    elif mac is None:
+        raise Forged(f"{what} is not authentic: it was written without an hmac_key")
+    elif not key.signed(body, mac):
+        raise Forged(f"{what} is not authentic: it was not written with this hmac_key")
     try:
         value = json.loads(body, parse_constant=_refuse)
     except RecursionError:

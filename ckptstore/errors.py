@@ -23,7 +23,9 @@ Each one says what to do, and also subclasses the builtin that code which never 
     ├── Damaged (ValueError)                  bytes differ from what was committed
     │   ├── DamagedRecord
     │   ├── DamagedManifest
+    │   │   └── Forged                        (a DamagedRecord, too) whole, but its HMAC is not that of our key
     │   └── DamagedFile                       carries the file and the bad byte ranges
+    ├── KeyMismatch                           the store asks for another hmac_key, or for one, or for none
     ├── NewerFormat                           written by a newer ckptstore
     ├── UnsafeContent (ValueError)            refused before a parser could be harmed
     ├── NotSerializable (TypeError)           torch.save cannot write the object
@@ -49,9 +51,11 @@ __all__ = [
     "DamagedRecord",
     "FallbackWarning",
     "Fenced",
+    "Forged",
     "InvalidName",
     "InvalidOption",
     "InvalidURL",
+    "KeyMismatch",
     "NewerFormat",
     "NoAtomicCreate",
     "NotFound",
@@ -182,6 +186,14 @@ class DamagedFile(Damaged):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Forged(DamagedRecord, DamagedManifest):
+    """A record or manifest that is whole, but was not written with our `hmac_key`, or not for this store."""
+
+
+class KeyMismatch(CkptStoreError):
+    """The store was written with another `hmac_key`, or with one while none is given here, or without. Nothing was changed."""
 
 
 class NewerFormat(CkptStoreError):

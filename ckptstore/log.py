@@ -22,10 +22,13 @@ from .errors import (
     CkptStoreError,
     CommitUnknown,
     DamagedRecord,
+    Forged,
+    KeyMismatch,
     NewerFormat,
     NotFound,
     Unreadable,
 )
+from .key import Key
 from .protocol import Backend
 from .record import EMPTY, RECORD_LIMIT, Record, Tombstone, decode, encode, encode_tombstone
 
@@ -77,8 +80,10 @@ class Head:
 class Log:
     """The commit log of one store. Thread-safe."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, key: Key | None = None) -> None:
         self._backend = backend
+        self._key = key
+        self._store: str | None = None  # with a key: what the first record calls the store, as soon as it is known
         self._lock = threading.RLock()
         self._head = Head(0, EMPTY)
         self._sizes: dict[int, tuple[int, str]] = {}  # slot -> (bytes, op) of records committed here and still whole
@@ -89,6 +94,7 @@ class Log:
 
         Raises:
             DamagedRecord: there are records, and not one of those kept whole can be read.
+            KeyMismatch: they can, but not one was written with our key; or with one, and we have none.
             NewerFormat, BackendError
         """
         with self._lock:
@@ -108,7 +114,7 @@ class Log:
         found = list(head.damaged)
         for n in range(head.record.n - 1, max(head.slot - _WHOLE, 0), -1):
             try:
-                decode(self._backend.get(slot_key(n), RECORD_LIMIT), n)
+                self._decode(self._backend.get(slot_key(n), RECORD_LIMIT), n)
             except (DamagedRecord, NotFound, Unreadable) as exc:
                 found.append(str(exc))
         return found
@@ -131,7 +137,9 @@ class Log:
                 if draft is None:
                     return head.record
                 record = replace(draft, n=head.slot + 1, op=op, prev=head.digest)
-                data = encode(record)
+                if self._key and record.store is None:
+                    record = replace(record, store=new_op())
+                data = encode(record, self._key)
                 if len(data) > RECORD_LIMIT:
                     raise BackendError(
                         f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some"
@@ -154,7 +162,7 @@ class Log:
             DamagedRecord, BackendError: cannot be told.
         """
         try:
-            found = decode(self._backend.get(slot_key(slot), RECORD_LIMIT), slot)
+            found = self._decode(self._backend.get(slot_key(slot), RECORD_LIMIT), slot)
         except NotFound:
             return None
         return found.op == op
@@ -179,7 +187,7 @@ class Log:
                 raise
             try:
                 taken = self.took_effect(op, n)
-            except NewerFormat:
+            except (KeyMismatch, NewerFormat):
                 raise  # so it cannot be ours
             except DamagedRecord:
                 if ambiguous is None:  # we never got near it: somebody else's, and damaged since
@@ -256,12 +264,14 @@ class Log:
 
     def _read_back_from(self, slot: int) -> Head | None:
         damaged: list[str] = []
+        forged = False
         for n in range(slot, max(slot - _WHOLE, 0), -1):
             try:
                 data = self._backend.get(slot_key(n), RECORD_LIMIT)
-                record = decode(data, n)
+                record = self._decode(data, n)
             except (DamagedRecord, NotFound, Unreadable) as exc:
                 damaged.append(str(exc))
+                forged = forged or isinstance(exc, Forged)
                 continue
             if isinstance(record, Tombstone):
                 if self._taken(slot + 1):
@@ -273,13 +283,30 @@ class Log:
                 break
             digest = sha256(data)
             # Who left the hint knew the record before it: that spares the look at it.
-            if self._hint not in ((n, digest), (n - 1, record.prev)) and not self._belongs(record):
+            known = self._key is None and self._hint in ((n, digest), (n - 1, record.prev))
+            if not known and not self._belongs(record):
                 damaged.append(f"commit record {n} does not continue commit record {n - 1}: it was put there from another store")
                 continue
             return Head(slot, record, digest, tuple(damaged))
-        if len(damaged) == slot:  # back to the beginning: the state before the first commit serves
+        if forged:
+            raise KeyMismatch(
+                f"not one of the newest commit records is authentic ({damaged[0]}). Nothing was changed. "
+                "Check hmac_key; a store that was made without one is opened without"
+            )
+        if len(damaged) == slot and self._key is None:  # back to the beginning: the state before the first commit serves
             return Head(slot, EMPTY, None, tuple(damaged))
         raise DamagedRecord(f"none of the newest commit records can be read; newest first: {'; '.join(damaged)}")
+
+    def _decode(self, data: bytes, n: int) -> Record | Tombstone:
+        """Read what slot `n` holds; with a key, only if it was written for this store, which the first slot tells."""
+        found = decode(data, n, self._key)
+        if self._key is not None and n > 1:
+            if self._store is None:
+                with suppress(DamagedRecord, NotFound, Unreadable):
+                    self._store = decode(self._backend.get(slot_key(1), RECORD_LIMIT), 1, self._key).store
+            if self._store not in (None, found.store):
+                raise Forged(f"commit record {n} is not authentic: it was written for another store")
+        return found
 
     def _belongs(self, record: Record) -> bool:
         """Say whether `record` is this store's, as far as the records before it can tell."""
@@ -298,7 +325,7 @@ class Log:
             return self._head.record, self._head.digest
         with suppress(DamagedRecord, NotFound, Unreadable):
             data = self._backend.get(slot_key(n), RECORD_LIMIT)
-            record = decode(data, n)
+            record = self._decode(data, n)
             if isinstance(record, Record):
                 return record, sha256(data)
         return None
@@ -314,8 +341,9 @@ class Log:
         with suppress(CkptStoreError):
             size, op = self._sizes.pop(old) if old in self._sizes else self._size_and_op(old)
             if size > _SHRINK_ABOVE:
-                self._backend.replace(slot_key(old), encode_tombstone(old, op))
+                tombstone = encode_tombstone(old, op, self._head.record.store, self._key)
+                self._backend.replace(slot_key(old), tombstone)
 
     def _size_and_op(self, n: int) -> tuple[int, str]:
         data = self._backend.get(slot_key(n), RECORD_LIMIT)
-        return len(data), decode(data, n).op
+        return len(data), self._decode(data, n).op

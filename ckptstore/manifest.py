@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .checksum import ALGORITHM
 from .envelope import JSON, from_number, seal, to_number, to_time, unseal
 from .errors import Damaged, DamagedManifest
+from .key import Key
 from .naming import check_name, check_path, check_step, file_key
 
 __all__ = ["CHUNK_LIMIT", "MANIFEST_LIMIT", "FileEntry", "Manifest", "decode", "encode"]
@@ -17,6 +19,9 @@ MANIFEST_LIMIT = 1 << 30
 
 CHUNK_LIMIT = 1 << 32
 """Longest chunk, in bytes; a reader needs one chunk in memory to check it. Only files of terabytes have chunks of more than 8 MiB."""
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class FileEntry:
     """(length in bytes, CRC-64/NVME) of consecutive pieces that make up the file."""
     remote: str | None = None
     """The checksum that the service recorded, as in `ObjectInfo.checksum`."""
+    digests: tuple[str, ...] = ()
+    """SHA-256 of each chunk, in a store with a key: whoever can change the data could make a CRC fit. Else empty."""
 
     @property
     def key(self) -> str:
@@ -68,7 +75,7 @@ class Manifest:
         return next((f for f in self.files if f.path == path), None)
 
 
-def encode(manifest: Manifest) -> bytes:
+def encode(manifest: Manifest, key: Key | None = None) -> bytes:
     """Return the bytes of `manifest`."""
     return seal(
         {
@@ -85,6 +92,7 @@ def encode(manifest: Manifest) -> bytes:
                     "crc": _hex(f.crc),
                     "chunks": [[n, _hex(c)] for n, c in f.chunks],
                     **({"remote": f.remote} if f.remote else {}),
+                    **({"sha256": list(f.digests)} if key else {}),
                 }
                 for f in manifest.files
             ],
@@ -93,19 +101,21 @@ def encode(manifest: Manifest) -> bytes:
             "sampler": manifest.sampler,
             "unsafe": dict(manifest.unsafe),
             "writer": dict(manifest.writer),
-        }
+        },
+        key,
     )
 
 
-def decode(data: bytes, checkpoint_id: str) -> Manifest:
+def decode(data: bytes, checkpoint_id: str, key: Key | None = None) -> Manifest:
     """Read the manifest of `checkpoint_id`, trusting nothing.
 
     Raises:
-        DamagedManifest, NewerFormat
+        DamagedManifest: also `Forged`, if it is not authentic.
+        KeyMismatch, NewerFormat
     """
     what = f"the manifest of {checkpoint_id}"
     try:
-        body = unseal(data, what)
+        body = unseal(data, what, key)
         if body["kind"] != "manifest" or body["id"] != checkpoint_id:
             raise ValueError("it belongs to something else")
         if body["checksum"] != ALGORITHM:
@@ -115,7 +125,7 @@ def decode(data: bytes, checkpoint_id: str) -> Manifest:
             name=check_name(body["name"]),
             step=check_step(body["step"]),
             created=to_time(body["created"]),
-            files=tuple(_decode_file(f) for f in body["files"]),
+            files=tuple(_decode_file(f, bool(key)) for f in body["files"]),
             metrics={str(k): to_number(v) for k, v in body["metrics"].items()},
             metadata=body["metadata"],
             sampler=body["sampler"],
@@ -133,7 +143,7 @@ def decode(data: bytes, checkpoint_id: str) -> Manifest:
         raise DamagedManifest(f"{what} is not valid: {type(exc).__name__}: {exc!s:.200}") from None
 
 
-def _decode_file(item: JSON) -> FileEntry:
+def _decode_file(item: JSON, authentic: bool) -> FileEntry:
     chunks = tuple((_length(n), _unhex(c)) for n, c in item["chunks"])
     size = item["size"]
     if not isinstance(size, int) or isinstance(size, bool) or sum(n for n, _ in chunks) != size:
@@ -141,12 +151,21 @@ def _decode_file(item: JSON) -> FileEntry:
     remote = item.get("remote")
     if remote is not None and not isinstance(remote, str):
         raise ValueError("a service's checksum is malformed")
-    return FileEntry(path=check_path(item["path"]), size=size, crc=_unhex(item["crc"]), chunks=chunks, remote=remote)
+    digests = tuple(_digest(d) for d in item["sha256"]) if authentic else ()
+    if authentic and len(digests) != len(chunks):
+        raise ValueError("a chunk has no SHA-256")
+    return FileEntry(check_path(item["path"]), size, _unhex(item["crc"]), chunks, remote, digests)
 
 
 def _length(value: JSON) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= CHUNK_LIMIT:
         raise ValueError("a chunk's length is out of range")
+    return value
+
+
+def _digest(value: JSON) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError("a SHA-256 is malformed")
     return value
 
 

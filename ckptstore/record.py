@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from .envelope import JSON, from_number, seal, to_number, to_time, unseal
 from .errors import Damaged, DamagedRecord, InvalidName
+from .key import Key
 from .naming import check_name, check_step, is_id
 
 __all__ = ["EMPTY", "RECORD_LIMIT", "Entry", "Record", "Tombstone", "decode", "encode", "encode_tombstone"]
@@ -61,6 +62,8 @@ class Record:
     """Ids of data that a damaged record may have named: never collected, only deleted by hand."""
     past_owners: tuple[str, ...] = ()
     """Owners of earlier epochs, newest last, bounded: none of them may come back."""
+    store: str | None = None
+    """With a key: what tells this store's records from those that another one has at the same slots. None without a key."""
 
     def entry(self, checkpoint_id: str) -> Entry | None:
         """Return the entry with this id, if it is kept."""
@@ -88,9 +91,10 @@ class Tombstone:
 
     n: int
     op: str
+    store: str | None = None
 
 
-def encode(record: Record) -> bytes:
+def encode(record: Record, key: Key | None = None) -> bytes:
     """Return the bytes of `record`."""
     return seal(
         {
@@ -106,8 +110,14 @@ def encode(record: Record) -> bytes:
             "resumed": record.resumed,
             "spared": list(record.spared),
             "past_owners": list(record.past_owners),
-        }
+            **_store_field(record.store),
+        },
+        key,
     )
+
+
+def _store_field(store: str | None) -> dict[str, JSON]:
+    return {} if store is None else {"store": store}
 
 
 def _encode_entry(entry: Entry) -> JSON:
@@ -123,25 +133,25 @@ def _encode_entry(entry: Entry) -> JSON:
     }
 
 
-def encode_tombstone(n: int, op: str) -> bytes:
+def encode_tombstone(n: int, op: str, store: str | None = None, key: Key | None = None) -> bytes:
     """Return the bytes that a record is shrunk to once newer ones are in place."""
-    return seal({"kind": "tombstone", "n": n, "op": op})
+    return seal({"kind": "tombstone", "n": n, "op": op, **_store_field(store)}, key)
 
 
-def decode(data: bytes, n: int) -> Record | Tombstone:
+def decode(data: bytes, n: int, key: Key | None = None) -> Record | Tombstone:
     """Read what slot `n` holds, trusting nothing.
 
     Raises:
-        DamagedRecord: the bytes are not a record of this slot, or contradict themselves.
-        NewerFormat
+        DamagedRecord: the bytes are not a record of this slot, or contradict themselves. `Forged` if they are not authentic.
+        KeyMismatch, NewerFormat
     """
     what = f"commit record {n}"
     try:
-        body = unseal(data, what)
+        body = unseal(data, what, key)
         if body.get("n") != n:
             raise ValueError("it belongs to another slot")
         if body.get("kind") == "tombstone":
-            return Tombstone(n, _text(body["op"]))
+            return Tombstone(n, _text(body["op"]), _store(body))
         if body.get("kind") != "record":
             raise ValueError("it is neither record nor tombstone")
         return _decode_record(body)
@@ -166,6 +176,7 @@ def _decode_record(body: dict[str, JSON]) -> Record:
         resumed=None if body["resumed"] is None else _id(body["resumed"]),
         spared=tuple(_id(i) for i in _list(body["spared"])),
         past_owners=tuple(_text(o) for o in _list(body["past_owners"])),
+        store=_store(body),
     )
     ids = {e.id for e in record.checkpoints}
     if len(ids) != len(record.checkpoints):
@@ -203,6 +214,10 @@ def _text(value: JSON) -> str:
     if not isinstance(value, str) or len(value) > 1024:
         raise ValueError("a text is missing or too long")
     return value
+
+
+def _store(body: dict[str, JSON]) -> str | None:
+    return _text(body["store"]) if "store" in body else None
 
 
 def _digest(value: JSON) -> str:

@@ -24,6 +24,7 @@ from .errors import (
     UsageError,
 )
 from .gc import Garbage, find_garbage, unfinished_records
+from .key import Key, find_key, refuse_key_in_url
 from .log import new_op
 from .lookup import existing, find, first_whole
 from .naming import check_name
@@ -42,7 +43,8 @@ __all__ = ["Store"]
 class Store:
     """A place for the checkpoints of one training run.
 
-    Thread-safe; may be pickled to worker processes, which then belong to the same job; a context manager that closes it.
+    Thread-safe; may be pickled to worker processes, which then belong to the same job (not with an `hmac_key` given as bytes); a
+    context manager that closes it.
 
     Args:
         url: a path or URL as text, with options after ``?`` ("runs/42?keep_last=3", "file:///data/run-42", "memory://name"); an
@@ -51,6 +53,8 @@ class Store:
             cooperating writer beside the job that owns the store: it saves and tags in the current epoch and fences nobody.
         owner: who acquires; the same for all processes of one launch and new for every launch. Found out from torchrun's or Slurm's
             variables if not given, else unique to this object.
+        hmac_key: authenticates what is written, and refuses what is not authentic: bytes, or the path (`os.PathLike`) of a file that has
+            them. None: the environment variable ``CKPTSTORE_HMAC_KEY``, or the file that ``CKPTSTORE_HMAC_KEY_FILE`` names, if set.
         options: as in the URL; they win over it. See `ckptstore.options.STORE_OPTIONS`.
 
     Raises:
@@ -58,18 +62,32 @@ class Store:
     """
 
     def __init__(
-        self, url: str | os.PathLike[str] | None = None, *, acquire: bool = True, owner: str | None = None, **options: Any
+        self,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        acquire: bool = True,
+        owner: str | None = None,
+        hmac_key: bytes | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> None:
         if url is None and not (url := os.environ.get("CKPTSTORE_URL")):
             raise InvalidURL("which store? Give its path or URL, or set CKPTSTORE_URL")
-        self._setup(url, acquire, owner, options, None)
+        self._setup(url, acquire, owner, options, None, hmac_key)
 
     def _setup(
-        self, url: str | os.PathLike[str], acquire: bool, owner: str | None, options: Mapping[str, Any], epoch: int | None
+        self,
+        url: str | os.PathLike[str],
+        acquire: bool,
+        owner: str | None,
+        options: Mapping[str, Any],
+        epoch: int | None,
+        hmac_key: bytes | os.PathLike[str] | Key | None,
     ) -> None:
         if owner is not None and (not isinstance(owner, str) or not 0 < len(owner) <= 512):
             raise UsageError("owner must be a text of 1 to 512 characters")
         parsed = parse_url(url)
+        refuse_key_in_url(parsed.options)
+        key = find_key(hmac_key)
         backend_type = backend_class(parsed.scheme)
         chosen = split_options({**parsed.options, **options}, backend_type.options)
         self._retention = chosen.retention
@@ -83,7 +101,7 @@ class Store:
         if parsed.scheme == "file":  # a pickled store shall find the same folder from another current one
             url, options = Path(os.path.abspath(parsed.location)), {**parsed.options, **options}
         self._arguments = (url, acquire, options)
-        self._engine = Engine(backend)
+        self._engine = Engine(backend, key)
         self._writer = Writer(
             backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=chosen.single_writer, epoch=epoch
         )
@@ -398,7 +416,8 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         url, acquire, options = self._arguments
         owner = self._writer.owner if acquire else None
-        return {"url": url, "acquire": acquire, "owner": owner, "options": options, "epoch": self._writer.epoch}
+        key = self._engine.key  # pickled as where it came from
+        return {"url": url, "acquire": acquire, "owner": owner, "options": options, "epoch": self._writer.epoch, "hmac_key": key}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(**state)

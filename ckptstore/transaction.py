@@ -265,7 +265,7 @@ class Transaction:
             raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
         backend = self._engine.backend
         writer = backend.open_writer(data_key(self.id, key))
-        sink = FileSink(path, writer, self._engine.workers, backend.capabilities)
+        sink = FileSink(path, writer, self._engine.workers, backend.capabilities, authentic=self._engine.key is not None)
         self._sinks[key] = sink
         self._folders |= above
         return TransactionFile(self, sink)
@@ -319,7 +319,7 @@ class Transaction:
             unsafe=self._unsafe,
             writer=self._versions,
         )
-        data = encode(manifest)
+        data = encode(manifest, self._engine.key)
         writer = self._engine.backend.open_writer(data_key(self.id, MANIFEST))
         self._written.append((writer, MANIFEST))
         writer.write(0, memoryview(data), 0)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
-from .checksum import combine, crc64nvme
+from .checksum import combine, crc64nvme, sha256
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import CHUNK_LIMIT, FileEntry
 from .protocol import Backend, Capabilities, ObjectInfo, PartWriter
@@ -21,6 +21,7 @@ from .protocol import Backend, Capabilities, ObjectInfo, PartWriter
 __all__ = ["FileSink", "VerifiedFile", "Workers", "check_size", "damaged_ranges", "drain", "read_file"]
 
 _R = TypeVar("_R")
+_Sums = tuple[int, str]  # the CRC of a chunk, and its SHA-256 or nothing
 
 
 class Workers:
@@ -94,15 +95,18 @@ class FileSink:
     done with when `write` returns, because torch may free that memory then (a CUDA tensor's host copy, for one). Used by one thread.
     """
 
-    def __init__(self, path: str, writer: PartWriter, workers: Workers, storage: Capabilities) -> None:
+    def __init__(
+        self, path: str, writer: PartWriter, workers: Workers, storage: Capabilities, *, authentic: bool = False
+    ) -> None:
         self.path = path
+        self._authentic = authentic
         self.writer = writer
         self._workers = workers
         self._storage = storage
         self._buffer = bytearray()
         self._offset = 0  # bytes handed on, without the buffer
-        self._chunks: list[tuple[int, Future[int] | int]] = []
-        self._running: list[Future[int]] = []
+        self._chunks: list[tuple[int, Future[_Sums] | _Sums]] = []
+        self._running: list[Future[_Sums]] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of `data`. Raises what the storage raised, now or for earlier data."""
@@ -149,8 +153,10 @@ class FileSink:
         else:
             self._send_buffer()
             self._settle(self._running)
-        chunks = tuple((n, crc if isinstance(crc, int) else crc.result()) for n, crc in self._chunks)
-        return FileEntry(self.path, self._offset, combine(chunks), chunks)
+        sums = [found if isinstance(found, tuple) else found.result() for _, found in self._chunks]
+        chunks = tuple((n, crc) for (n, _), (crc, _) in zip(self._chunks, sums, strict=True))
+        digests = tuple(digest for _, digest in sums if digest)
+        return FileEntry(self.path, self._offset, combine(chunks), chunks, digests=digests)
 
     def abort(self) -> None:
         """Drop the file. Never raises for anything the storage does."""
@@ -164,19 +170,19 @@ class FileSink:
                 self._settle(self._running[:1])
             self._send(memoryview(full))
 
-    def _send(self, piece: memoryview) -> Future[int]:
+    def _send(self, piece: memoryview) -> Future[_Sums]:
         future = self._workers.submit(self._store, self._offset, piece, len(self._chunks))
         self._chunks.append((len(piece), future))
         self._running.append(future)
         self._offset += len(piece)
         return future
 
-    def _store(self, offset: int, piece: memoryview, number: int) -> int:
-        crc = crc64nvme(piece)
+    def _store(self, offset: int, piece: memoryview, number: int) -> _Sums:
+        sums = crc64nvme(piece), sha256(piece) if self._authentic else ""
         self.writer.write(offset, piece, number)
-        return crc
+        return sums
 
-    def _settle(self, futures: list[Future[int]]) -> None:
+    def _settle(self, futures: list[Future[_Sums]]) -> None:
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -207,14 +213,15 @@ def check_size(backend: Backend, key: str, entry: FileEntry) -> ObjectInfo:
 
 
 def _spans(entry: FileEntry) -> Iterator[tuple[int, int, int]]:
+    """Yield where each chunk begins, its length, and its number."""
     offset = 0
-    for length, crc in entry.chunks:
-        yield offset, length, crc
+    for number, (length, _) in enumerate(entry.chunks):
+        yield offset, length, number
         offset += length
 
 
-def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, crc: int, into: memoryview) -> None:
-    """Fill `into` with the chunk at `offset` and check it.
+def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, number: int, into: memoryview) -> None:
+    """Fill `into` with chunk `number`, at `offset`, and check it.
 
     Raises:
         DamagedFile: it fails its checksum, the disk has lost it, or the file went missing.
@@ -226,7 +233,7 @@ def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, crc: i
         raise DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)]) from None
     except Unreadable as exc:
         raise DamagedFile(f"{key} cannot be read in bytes {span[0]}–{span[1] - 1}: {exc}", entry.path, [span]) from exc
-    if crc64nvme(into) != crc:
+    if crc64nvme(into) != entry.chunks[number][1] or (entry.digests and sha256(into) != entry.digests[number]):
         raise DamagedFile(f"{key} fails its checksum in bytes {span[0]}–{span[1] - 1}", entry.path, [span])
 
 
@@ -243,11 +250,11 @@ def read_file(backend: Backend, key: str, entry: FileEntry, workers: Workers) ->
     whole = memoryview(mmap.mmap(-1, entry.size))
 
     def fetch(span: tuple[int, int, int]) -> None:
-        offset, length, crc = span
-        read_chunk(backend, key, entry, offset, crc, whole[offset : offset + length])
+        offset, length, number = span
+        read_chunk(backend, key, entry, offset, number, whole[offset : offset + length])
 
     if len(entry.chunks) == 1:
-        fetch((0, entry.size, entry.chunks[0][1]))
+        fetch((0, entry.size, 0))
     else:
         for _ in workers.map(fetch, _spans(entry)):
             pass
@@ -267,11 +274,11 @@ def damaged_ranges(
         return [(0, entry.size)]
 
     def examine(span: tuple[int, int, int]) -> list[tuple[int, int]]:
-        offset, length, crc = span
+        offset, length, number = span
         if offset + length > size:
             return [(offset, offset + length)]
         try:
-            read_chunk(backend, key, entry, offset, crc, memoryview(bytearray(length)))
+            read_chunk(backend, key, entry, offset, number, memoryview(bytearray(length)))
         except DamagedFile:
             return [(offset, offset + length)]
         return []
@@ -329,10 +336,10 @@ class VerifiedFile(io.RawIOBase):
         start, chunk = self._chunk
         if not start <= self._position < start + len(chunk):
             index = bisect_right(self._starts, self._position) - 1
-            start, (length, crc) = self._starts[index], entry.chunks[index]
+            start, (length, _) = self._starts[index], entry.chunks[index]
             chunk = memoryview(bytearray(length))
             try:
-                read_chunk(backend, key, entry, start, crc, chunk)
+                read_chunk(backend, key, entry, start, index, chunk)
             except DamagedFile:
                 self._check_kept()  # pruned meanwhile is no damage
                 raise
