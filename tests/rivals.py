@@ -13,12 +13,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-__all__ = ["RIVALS", "Rival", "is_violation", "warm_up"]
+__all__ = ["REFUSALS", "RIVALS", "Mixture", "Rival", "is_violation", "state_of_step", "step_of_state", "warm_up"]
 
 _NUMEL = 40_000  # more than one write of any buffer on the way
 
+REFUSALS = (Exception, dcp.CheckpointException)
+"""Whatever torch raises about a broken file; DCP's is no Exception."""
 
-def _state(step: int) -> dict[str, Any]:
+
+class Mixture(ValueError):
+    """What was loaded, without an error, is not what was ever saved."""
+
+
+def state_of_step(step: int) -> dict[str, Any]:
     return {
         "step": torch.tensor(step),
         "weights": torch.full((_NUMEL,), float(step)),
@@ -26,34 +33,34 @@ def _state(step: int) -> dict[str, Any]:
     }
 
 
-def _step_of(state: dict[str, Any]) -> int:
-    """Return the step that the state is of. Raises ValueError when it is a mixture."""
+def step_of_state(state: dict[str, Any]) -> int:
+    """Return the step that the state is of. Raises `Mixture` when it is of none."""
     step = int(state["step"])
     for name in ("weights", "momentum"):
         if not torch.equal(state[name], torch.full((_NUMEL,), float(step))):
-            raise ValueError(f"{name} is not of step {step}")
+            raise Mixture(f"{name} is not of step {step}")
     return step
 
 
 def _torch_save(folder: Path, step: int) -> None:
-    torch.save(_state(step), folder / "latest.pt")
+    torch.save(state_of_step(step), folder / "latest.pt")
 
 
 def _tmp_replace(folder: Path, step: int) -> None:
     temporary = folder / "latest.tmp"
-    torch.save(_state(step), temporary)
+    torch.save(state_of_step(step), temporary)
     os.replace(temporary, folder / "latest.pt")
 
 
 def _torch_load(folder: Path) -> int | None:
     path = folder / "latest.pt"
-    return _step_of(torch.load(path)) if path.exists() else None
+    return step_of_state(torch.load(path)) if path.exists() else None
 
 
 def _dcp_save(folder: Path, step: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
-        dcp.save(_state(step), checkpoint_id=folder / f"step-{step}", no_dist=True)
+        dcp.save(state_of_step(step), checkpoint_id=folder / f"step-{step}", no_dist=True)
 
 
 def _dcp_load(folder: Path) -> int | None:
@@ -61,11 +68,11 @@ def _dcp_load(folder: Path) -> int | None:
     steps = [int(p.parent.name.removeprefix("step-")) for p in folder.glob("step-*/.metadata")]
     if not steps:
         return None
-    state = _state(0)
+    state = state_of_step(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=folder / f"step-{max(steps)}", no_dist=True)
-    return _step_of(state)
+    return step_of_state(state)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def is_violation(rival: Rival, folder: Path, acknowledged: int | None, begun: in
     """Return whether a job that resumes finds neither what was acknowledged last nor what was being saved, or cannot read it."""
     try:
         found = rival.load(folder)
-    except (Exception, dcp.CheckpointException):  # whatever torch raises about a broken file; DCP's is no Exception
+    except REFUSALS:
         return True
     return found != acknowledged and (begun is None or found != begun)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import evidence
 import pytest
 import torch
 from stores import store_on, tree, write
@@ -108,6 +109,7 @@ def test_every_flipped_bit_of_a_checkpoint(root: Path, file: str, bits: Callable
                 found = Store(root).verify()
                 assert [(d.id, d.path) for d in found] == [(newest, "" if file == "manifest.json" else file)]
     assert loaded(root) == 2
+    evidence.record("rot: a flipped bit", points=i + 1, fired=i + 1, violations=0)
 
 
 @pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
@@ -123,6 +125,7 @@ def test_every_shorter_and_some_longer_lengths_of_a_checkpoint(root: Path, file:
                 assert falls_back(root) == 1
                 assert [d.id for d in Store(root).verify()] == [newest]
     assert loaded(root) == 2
+    evidence.record("rot: a file of another length", points=i + 1, fired=i + 1, violations=0)
 
 
 def damaged_versions(data: bytes) -> Iterator[bytes]:
