@@ -18,6 +18,7 @@ from ckptstore.checkpoint import Checkpoint
 from ckptstore.checksum import ALGORITHM, sha256
 from ckptstore.envelope import seal
 from ckptstore.errors import CkptStoreError, DamagedFile, DamagedManifest, DamagedRecord, FallbackWarning, NewerFormat
+from ckptstore.key import Key
 from ckptstore.log import slot_key
 
 ID = "e1-s7-0123456789ab"
@@ -389,6 +390,19 @@ def test_a_forged_manifest_is_damage(root: Path, forge: Callable[[dict[str, Any]
     with pytest.raises(DamagedManifest):
         assert Store(root).checkpoint(latest.id).files
     assert [(d.id, d.path) for d in Store(root).verify()] == [(latest.id, "")]
+
+
+@pytest.mark.parametrize("key", [None, b"correct horse battery staple"], ids=["no key", "key"])
+def test_a_whole_manifest_that_was_never_committed_is_damage(tmp_path: Path, key: bytes | None) -> None:
+    """The checkpoint's own id, a right checksum, even a right HMAC: it is still not the one that the record names."""
+    store = Store(tmp_path, hmac_key=key)
+    saved = write(store, metadata="as saved")
+    path = tmp_path / "data" / saved / "manifest.json"
+    body = json.loads(path.read_bytes())["body"]
+    path.write_bytes(seal({**body, "metadata": "another"}, Key(key) if key else None))
+    with pytest.raises(DamagedManifest, match="not the one that was committed"):
+        Store(tmp_path, hmac_key=key).checkpoint(saved).metadata  # noqa: B018
+    assert [(d.id, d.path) for d in Store(tmp_path, hmac_key=key).verify()] == [(saved, "")]
 
 
 def test_a_manifest_that_promises_more_than_there_is_costs_no_memory(root: Path) -> None:
