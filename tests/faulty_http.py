@@ -10,7 +10,8 @@ import http.client
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -25,7 +26,9 @@ __all__ = [
     "Late",
     "Request",
     "answer",
+    "conflict_after",
     "cut",
+    "cut_request",
     "error_inside",
     "lost",
     "silent",
@@ -65,6 +68,8 @@ class Exchange:
     request: Request
     forward: Callable[[], Answer]
     """Sends the request to the service, and returns its answer."""
+    forward_half: Callable[[], None]
+    """Sends the service half of the body, and hangs up."""
     reply: Callable[[Answer], None]
     """Sends an answer to the client."""
     reset: Callable[[], None]
@@ -103,6 +108,18 @@ def cut(x: Exchange) -> None:
     whole = x.forward()
     x.reply(Answer(whole.status, [*whole.headers, ("X-Cut", "1")], whole.body[: len(whole.body) // 2]))
     x.reset()
+
+
+def cut_request(x: Exchange) -> None:
+    """The connections break when half of the body has been sent."""
+    x.forward_half()
+    x.reset()
+
+
+def conflict_after(x: Exchange) -> None:
+    """The request takes effect, and the answer is 412: something on the way has sent it twice."""
+    x.forward()
+    answer(412, "PreconditionFailed")(x)
 
 
 def answer(status: int, code: str) -> Fault:
@@ -229,7 +246,14 @@ class FaultyProxy:
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             handler.connection.close()
 
-        exchange = Exchange(request, lambda: self.send(request), reply, reset, lambda: handler.connection.recv(1))
+        exchange = Exchange(
+            request,
+            lambda: self.send(request),
+            lambda: self.send_half(request),
+            reply,
+            reset,
+            lambda: handler.connection.recv(1),
+        )
         if found:
             found[0](exchange)
         else:
@@ -237,14 +261,24 @@ class FaultyProxy:
 
     def send(self, request: Request) -> Answer:
         """Send a request to the service, and return its answer."""
+        with self._sent(request, request.body) as connection:
+            got = connection.getresponse()
+            return Answer(got.status, got.getheaders(), got.read())
+
+    def send_half(self, request: Request) -> None:
+        """Send the service half of the body that the head announces, and hang up."""
+        with self._sent(request, request.body[: len(request.body) // 2]):
+            pass
+
+    @contextmanager
+    def _sent(self, request: Request, body: bytes) -> Iterator[http.client.HTTPConnection]:
         connection = http.client.HTTPConnection(*self._upstream, timeout=60)
         try:
             connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
             for name, value in request.headers:
                 connection.putheader(name, value)
-            connection.endheaders(request.body)
-            got = connection.getresponse()
-            return Answer(got.status, got.getheaders(), got.read())
+            connection.endheaders(body)
+            yield connection
         finally:
             connection.close()
 

@@ -103,7 +103,11 @@ class GcsLayer:
             def do_GET(self) -> None:
                 split = urlsplit(self.path)
                 query = {k: v[-1] for k, v in parse_qs(split.query).items()}
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                if len(body) < length:  # the client has hung up
+                    self.close_connection = True
+                    return
                 answer = layer.handle(Request(self.command, split.path, query, self.headers, body))
                 if answer is None:
                     self.close_connection = True
@@ -208,7 +212,8 @@ class GcsLayer:
             return says(404, "The specified bucket does not exist.")
         number = f"upload-{next(self._numbers)}"
         self._uploads[number] = _Upload(bucket, about, condition)
-        return Answer(200, b"", {"Location": f"{self.url}{request.path}?uploadType=resumable&upload_id={number}"})
+        here = request.headers["Host"]  # there may be a proxy in front
+        return Answer(200, b"", {"Location": f"http://{here}{request.path}?uploadType=resumable&upload_id={number}"})
 
     def _go_on(self, request: Request) -> Answer:
         """See https://cloud.google.com/storage/docs/performing-resumable-uploads."""

@@ -1,0 +1,87 @@
+"""Whatever happens to whichever request, on S3 and on Google Cloud Storage: nothing is lost, nothing falsely told, no false conflict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import cycle
+
+import evidence
+import gcs_rig
+import pytest
+import s3_rig
+from faulty_http import FaultyProxy
+from wire_life import GCS, OPERATIONS, S3, Kind, Side, World, requests_of, strike
+
+from ckptstore import retry
+
+pytest_plugins = ("gcs_fixtures", "s3_fixtures")
+
+KINDS = {"S3": S3, "GCS": GCS}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
+
+
+@pytest.fixture(params=["S3", "GCS"])
+def service(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def side(service: str, request: pytest.FixtureRequest) -> Iterator[Side]:
+    if service == "S3":
+        s3: s3_rig.Service = request.getfixturevalue("server")
+        url, upstream = s3.url, s3.server.endpoint_url
+    else:
+        gcs: gcs_rig.Service = request.getfixturevalue("fake_gcs")
+        url, upstream = gcs.url, gcs.layer.url
+    with FaultyProxy(upstream) as proxy:
+        yield Side(proxy, url, upstream)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_something_happens_to_each_request(side: Side, service: str, name: str) -> None:
+    """A sample: each request meets one of what can happen to it, by turns."""
+    kinds = cycle(KINDS[service].items())
+    points = fired = 0
+    with closing(World(side)) as world:
+        for nth, request in enumerate(requests_of(world, OPERATIONS[name]), 1):
+            kind = next(k for k in kinds if k[1].applies(request))
+            tried = strike(world, OPERATIONS[name], nth, kind[1])
+            assert tried.violations == [], (name, nth, str(request), kind[0])
+            points += 1
+            fired += tried.fired
+        world.check_all()
+    assert fired > points / 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("newer", [False, True], ids=["", "newer job"])
+@pytest.mark.parametrize("kind", S3)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_it_happens_to_each_request(side: Side, service: str, name: str, kind: str, newer: bool) -> None:
+    if kind not in KINDS[service] or newer and kind != "late":
+        return
+    _matrix(side, service, name, kind, KINDS[service][kind], newer=newer)
+
+
+def _matrix(side: Side, service: str, name: str, kind: str, what: Kind, *, newer: bool = False) -> None:
+    points = fired = 0
+    violations = []
+    with closing(World(side)) as world:
+        for nth, request in enumerate(requests_of(world, OPERATIONS[name]), 1):
+            if what.applies(request):
+                points += 1
+                tried = strike(world, OPERATIONS[name], nth, what, newer=newer)
+                fired += tried.fired
+                violations += [(name, nth, str(request), kind, tried.violations)] if tried.fired and tried.violations else []
+        world.check_all()
+    if points:
+        label = f"{service}: {kind}{' and after a newer commit' if newer else ''} at every request"
+        evidence.record(label, points=points, fired=fired, violations=len(violations))
+    assert violations == []
+    assert fired > points / 2 or not points
