@@ -43,20 +43,21 @@ def side(service: str, request: pytest.FixtureRequest) -> Iterator[Side]:
         yield Side(proxy, url, upstream)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_something_happens_to_each_request(side: Side, service: str, name: str) -> None:
+def test_something_happens_to_each_request(side: Side, service: str) -> None:
     """A sample: each request meets one of what can happen to it, by turns."""
     kinds = cycle(KINDS[service].items())
     points = fired = 0
     with closing(World(side)) as world:
-        for nth, request in enumerate(requests_of(world, OPERATIONS[name]), 1):
-            kind = next(k for k in kinds if k[1].applies(request))
-            tried = strike(world, OPERATIONS[name], nth, kind[1])
-            assert tried.violations == [], (name, nth, str(request), kind[0])
-            points += 1
-            fired += tried.fired
+        for name, operation in OPERATIONS.items():
+            for nth, request in enumerate(requests_of(world, operation), 1):
+                kind = next(k for k in kinds if k[1].applies(request))
+                tried = strike(world, operation, nth, kind[1])
+                assert tried.violations == [], (name, nth, str(request), kind[0])
+                points += 1
+                fired += tried.fired
         world.check_all()
-    assert fired > points / 2
+    assert points > 60
+    assert fired > 0.9 * points
 
 
 @pytest.mark.soak
@@ -84,4 +85,4 @@ def _matrix(side: Side, service: str, name: str, kind: str, what: Kind, *, newer
         label = f"{service}: {kind}{' and after a newer commit' if newer else ''} at every request"
         evidence.record(label, points=points, fired=fired, violations=len(violations))
     assert violations == []
-    assert fired > points / 2 or not points
+    assert fired >= points / 2

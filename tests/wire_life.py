@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, Request, answer, cut, silent, silent_after
 from faulty_http import conflict_after, cut_request, lost, unanswered
-from stores import contents, write
+from stores import contents, state_of, write
 
 from ckptstore import Store
 from ckptstore.errors import CkptStoreError, CommitUnknown
@@ -144,6 +144,7 @@ class World:
             write(store, "old", step=0)
             self.kept = write(store, "kept", files={"a": _SMALL, "big": _LARGE}, step=0)
             write(store, step=0)
+        self.direct = Store(self.url, acquire=False, keep_last="all")
         self.state = self.after = self.look()
         self.keep_last = "all"
         self.owner = "job"
@@ -164,8 +165,8 @@ class World:
 
     def look(self) -> State:
         """Return what somebody finds who reaches the service directly, and knows nothing."""
-        with Store(self.url, acquire=False) as store:
-            return store.names(), frozenset(c.id for c in store.checkpoints())
+        record = state_of(self.direct._engine.backend)
+        return dict(record.names), frozenset(e.id for e in record.checkpoints)
 
     def overtake(self) -> None:
         """Let a newer job acquire the store, save, and collect."""
@@ -179,8 +180,7 @@ class World:
 
     def renew(self) -> None:
         """Have another job from now on."""
-        if self._job is not None:
-            self._job.close()
+        self.settle()
         self._job = None
         self.owner = f"job-{next(self.numbers)}"
 
@@ -197,10 +197,15 @@ class World:
             store.gc()
             assert store.verify() == []
 
-    def close(self) -> None:
-        """Let go of the job's connections."""
+    def settle(self) -> None:
+        """Wait for what the job does in the background."""
         if self._job is not None:
             self._job.close()
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self.settle()
+        self.direct.close()
 
 
 # --- what is done
@@ -243,19 +248,21 @@ def _prune(world: World) -> None:
     world.job.prune()
 
 
+def _nothing(world: World) -> None:
+    """No job is needed."""
+
+
 def _before_prune(world: World) -> None:
     """Leave a checkpoint that no name points to."""
     world.job.names()
-    with Store(world.url, acquire=False, keep_last="all") as tool:
-        write(tool, "old", step=1)
-        write(tool, "old", step=2)
+    write(world.direct, "old", step=1)
+    write(world.direct, "old", step=2)
 
 
 def _before_gc(world: World) -> None:
     """Leave what a job of an earlier epoch has written and never committed."""
     world.job.names()
-    with Store(world.url, acquire=False) as tool:
-        tool._engine.backend.replace(f"data/{new_id(0, None)}/x", b"left")
+    world.direct._engine.backend.replace(f"data/{new_id(0, None)}/x", b"left")
 
 
 def _gc(world: World) -> None:
@@ -283,13 +290,13 @@ OPERATIONS = {
     "save": Operation(lambda w: _save(w, {"a": _SMALL})),
     "save large": Operation(lambda w: _save(w, {"big": _LARGE, "a": _SMALL})),
     "overwrite": Operation(lambda w: _save(w, {"a": _SMALL}), keep_last="1"),
-    "acquire": Operation(_acquire),
+    "acquire": Operation(_acquire, _nothing),
     "tag": Operation(_tag),
     "prune": Operation(_prune, _before_prune, keep_last="1"),
     "gc": Operation(_gc, _before_gc),
-    "load": Operation(_load),
-    "open": Operation(_open),
-    "verify": Operation(_verify),
+    "load": Operation(_load, _nothing),
+    "open": Operation(_open, _nothing),
+    "verify": Operation(_verify, _nothing),
 }
 READING = ("load", "open", "verify")
 
@@ -308,14 +315,16 @@ def requests_of(world: World, operation: Operation) -> list[Request]:
     before = len(world.proxy.requests)
     operation.run(world)
     found = world.proxy.requests[before:]
-    world.job.close()  # with what goes on in the background
+    world.settle()
     assert world.look() == world.after
     world.state = world.after
     return found
 
 
 def _prepare(world: World, operation: Operation) -> None:
-    world.keep_last = operation.keep_last
+    if world.keep_last != operation.keep_last:
+        world.renew()
+        world.keep_last = operation.keep_last
     operation.prepare(world)
     world.state = world.after = world.look()
 
@@ -338,8 +347,7 @@ def strike(world: World, operation: Operation, nth: int, kind: Kind, *, newer: b
         operation.run(world)
     except Exception as exc:  # judged below
         error = exc
-    if world._job is not None:
-        world._job.close()
+    world.settle()
     world.proxy.heal()
     tried.violations += judge(world, error)
     if newer:
