@@ -33,14 +33,16 @@ class Answer(NamedTuple):
     body: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return the JSON object in the body. Raises `Refused` if there is none."""
+        """Return the JSON object in the body. Raises `Refused` if there is none, or one that tells of an error."""
         try:
             found = json.loads(self.body)
-            if isinstance(found, dict):
-                return found
         except ValueError:
-            pass
-        raise Refused(502, "the answer is no JSON object")
+            found = None
+        if not isinstance(found, dict):
+            raise Refused(502, "the answer is no JSON object")
+        if "error" in found:
+            raise Refused(502, _message(self.body))
+        return found
 
 
 class Refused(Exception):

@@ -392,9 +392,10 @@ class _GcsWriter:
             asking, self._unsure = self._unsure, True
             # POST: aiohttp repeats a PUT by itself when a kept connection turns out to be dead.
             answer = self._backend.call("POST", self._upload, ok=(200, 201, 308), headers={"Content-Range": span}, body=(body,))
+            found = None if answer.status == 308 else answer.json()
             self._unsure = False
-            if answer.status != 308:
-                return answer.json()
+            if found is not None:
+                return found
             reached = int(answer.headers.get("Range", "bytes=0--1").partition("-")[2]) + 1
             if not self._sent <= reached <= end:
                 raise BackendError(

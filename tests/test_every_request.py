@@ -65,7 +65,7 @@ def test_something_happens_to_each_request(side: Side, service: str) -> None:
 @pytest.mark.parametrize("kind", S3)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_it_happens_to_each_request(side: Side, service: str, name: str, kind: str, newer: bool) -> None:
-    if kind not in KINDS[service] or newer and kind != "late":
+    if kind not in KINDS[service] or (newer and kind != "late"):
         return
     _matrix(side, service, name, kind, KINDS[service][kind], newer=newer)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 import pytest
 import stores
 import torch
-from gcs_rig import Answer, Fate, Request, Service, says
+from gcs_rig import Answer, Request, Service, says
 
-from ckptstore import Store, retry
+from ckptstore import Store
 from ckptstore.errors import CkptStoreError, InvalidOption, NoAtomicCreate
 from ckptstore.protocol import Backend
 from ckptstore.testing import BackendConformance
@@ -54,74 +52,6 @@ class TestConformance(BackendConformance):
 
 
 # -- a whole store
-
-
-def lost(obey: Callable[[], Answer], request: Request) -> None:
-    """The request never arrives."""
-
-
-def unanswered(obey: Callable[[], Answer], request: Request) -> None:
-    """It takes effect, and nobody is told."""
-    obey()
-
-
-KINDS: dict[str, Fate] = {
-    "lost": lost,
-    "unanswered": unanswered,
-    "503": lambda obey, request: says(503),
-    "429": lambda obey, request: says(429),
-    "502 after all": lambda obey, request: (obey(), says(502))[1],
-}
-
-
-class Nth:
-    """Deals so with request number `n`, and lets all others pass."""
-
-    def __init__(self, fate: Fate, n: int) -> None:
-        self.fate, self.left, self.lock = fate, n, threading.Lock()
-
-    def __call__(self, obey: Callable[[], Answer], request: Request) -> Answer | None:
-        with self.lock:
-            self.left -= 1
-            here = self.left == 0
-        return self.fate(obey, request) if here else obey()
-
-
-def test_some_requests_of_a_life_go_wrong(fake_gcs: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
-    kinds = itertools.cycle(KINDS.values())
-    for n in itertools.count(1, 5):
-        if not struck(fake_gcs, n, next(kinds)):
-            break
-    assert n > 20
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_request_of_a_life_goes_wrong(fake_gcs: Service, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
-    assert next(n for n in itertools.count(1) if not struck(fake_gcs, n, KINDS[kind])) > 20
-
-
-def struck(fake_gcs: Service, n: int, fate: Fate) -> bool:
-    """Live with this fate of request number `n`, and check all; return whether there were so many requests."""
-    url = fake_gcs.url(keep_last=2)
-    files = {"big": bytes(5 << 20), "small": b"x"}
-    nth = Nth(fate, n)
-    with fake_gcs.layer.fated(nth):
-        with Store(url, owner="job") as store:
-            saved = [stores.write(store, step=1), stores.write(store, step=2, files=files)]
-            store.tag("best", "latest")
-            saved += [stores.write(store, step=step) for step in (3, 4)]
-            store.gc()
-        with Store(url, owner="next") as store:
-            store.acquire()
-            assert store.names() == {"latest": saved[3], "best": saved[1]}
-            assert stores.contents(store, "best") == files
-            assert {c.id for c in store.checkpoints()} == {*saved[1:]}
-            assert store.verify() == []
-            assert store.checkpoint("best").verify_remote() == ([], [])
-    return nth.left <= 0
 
 
 def test_resume_and_remote_checksums(fake_gcs: Service) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, cycle
 
 import pytest
-from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, answer, cut, error_inside, lost, stale, unanswered
+from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, answer, error_inside, lost, stale, unanswered
 from s3_rig import PART, Service
 from stores import contents, write
 
@@ -15,19 +14,6 @@ from ckptstore import Store, retry
 from ckptstore.errors import BackendError, CkptStoreError, Fenced, PermissionDenied
 
 pytest_plugins = ("s3_fixtures",)
-
-_late = Late()
-KINDS: dict[str, Fault] = {
-    "lost": lost,
-    "unanswered": unanswered,
-    "cut": cut,
-    "late": _late,
-    "500": answer(500, "InternalError"),
-    "503": answer(503, "SlowDown"),
-    "429": answer(429, "TooManyRequests"),
-    "409": answer(409, "OperationAborted"),
-    "expired": answer(400, "ExpiredToken"),
-}
 
 
 @pytest.fixture
@@ -73,35 +59,6 @@ class Life:
             assert {c.id for c in store.checkpoints()} == {self.saved[1], *self.saved[2:]}
             assert store.names() == {"latest": self.saved[3], "best": self.saved[1]}
             assert store.verify() == []
-
-
-def test_some_requests_of_a_life_go_wrong(proxy: FaultyProxy, server: Service) -> None:
-    kinds = cycle(KINDS.values())
-    for n in count(1, 4):
-        if not strike(proxy, server, n, next(kinds)):
-            break
-    assert n > 30
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_request_of_a_life_goes_wrong(proxy: FaultyProxy, server: Service, kind: str) -> None:
-    n = 1
-    while strike(proxy, server, n, KINDS[kind]):
-        n += 1
-    assert n > 30
-
-
-def strike(proxy: FaultyProxy, server: Service, n: int, fault: Fault) -> bool:
-    """Live with this fault at request number `n`, and check all; return whether there were so many requests."""
-    life = Life(through(proxy, server))
-    proxy.strike_number(n, fault)
-    life.live()
-    struck = not proxy.pending
-    proxy.heal()
-    _late.arrive()
-    life.check()
-    return struck
 
 
 def is_completion(request: object) -> bool:
