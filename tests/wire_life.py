@@ -30,7 +30,7 @@ from ckptstore import Store
 from ckptstore.errors import CkptStoreError, CommitUnknown
 from ckptstore.naming import new_id
 
-__all__ = ["GCS", "OPERATIONS", "READING", "S3", "Kind", "Side", "World", "late", "requests_of"]
+__all__ = ["GCS", "OPERATIONS", "READING", "S3", "Kind", "Side", "World", "late", "prepare", "requests_of", "strike"]
 
 _LARGE = bytes((5 << 20) + 1)
 """More than one part on S3, and a resumable upload on GCS."""
@@ -328,7 +328,7 @@ def requests_of(world: World, operation: Operation) -> list[Request]:
     """Return the requests of an operation that nothing happens to, and that is not the first of its kind."""
     before = 0
     for _ in range(2):
-        _prepare(world, operation)
+        prepare(world, operation)
         before = len(world.proxy.requests)
         operation.run(world)
         world.settle()
@@ -337,7 +337,8 @@ def requests_of(world: World, operation: Operation) -> list[Request]:
     return world.proxy.requests[before:]
 
 
-def _prepare(world: World, operation: Operation) -> None:
+def prepare(world: World, operation: Operation) -> None:
+    """Bring about what the operation needs, and take what is there then for granted."""
     if world.keep_last != operation.keep_last:
         world.renew()
         world.keep_last = operation.keep_last
@@ -346,9 +347,12 @@ def _prepare(world: World, operation: Operation) -> None:
 
 
 def strike(world: World, operation: Operation, nth: int, kind: Kind, *, newer: bool = False) -> Tried:
-    """Do it while `kind` happens to its request number `nth`, and judge what was told. `newer`: a newer job saves before what is late arrives."""
+    """Do it while `kind` happens to its request number `nth`, and judge what was told.
+
+    `newer`: a newer job saves before what is late arrives.
+    """
     tried = Tried()
-    _prepare(world, operation)
+    prepare(world, operation)
 
     def struck(x: Exchange) -> None:
         if kind.applies(x.request):
