@@ -332,10 +332,10 @@ class _GcsWriter:
                     found = self._push(self._kept, last=True) or {}
         except Transient:
             raise
-        except (AlreadyExists, BackendError):
-            if not again:
+        except (AlreadyExists, BackendError) as exc:
+            if not again and not isinstance(exc, AlreadyExists):
                 raise
-            # An earlier attempt may have been the one: nobody else ever writes this key.
+            # An earlier attempt may have been the one, or this one, sent twice on the way: nobody else ever writes this key.
             there = self._backend.stat(self._key)
             if (there.size, there.checksum) != (size, spelled(crc)):
                 raise

@@ -91,26 +91,28 @@ def _judge(world: World, error: BaseException | None, before: object, newer: obj
     names, ids = world.state
     if world.state != newer:
         yield f"{newer} became {world.state}"
-    if error is None and not ({*world.after[1]} - {*before[1]} <= ids and world.after[0].get("best") in (None, names.get("best"))):  # type: ignore[index]
+    if error is None and not (
+        {*world.after[1]} - {*before[1]} <= ids and world.after[0].get("best") in (None, names.get("best"))
+    ):  # type: ignore[index]
         yield f"acknowledged {world.after}, found {world.state}"
     if error is not None and not isinstance(error, (Fenced, CommitUnknown)):
         yield f"{type(error).__name__}: {error}"
 
 
 def test_an_old_job_hangs_at_a_request(side: Side, service: str) -> None:  # noqa: F811
-    """A sample: every third request, in one of the ways, by turns."""
+    """A sample: every sixth request, in one of the ways, by turns."""
     ways = itertools.cycle(WAYS.values())
     fired = points = 0
     with closing(World(side)) as world:
         for name in CHANGING:
             n = len(requests_of(world, OPERATIONS[name]))
-            for nth in range(1 + points % 3, n + 1, 3):
+            for nth in range(1 + points % 6, n + 1, 6):
                 outcome = hang(world, OPERATIONS[name], nth, next(ways))
                 assert outcome.violations == [], (name, nth)
                 fired += outcome.fired
                 points += 1
         world.check_all()
-    assert fired > 0.7 * points > 7
+    assert fired > 0.7 * points > 3
 
 
 @pytest.mark.soak

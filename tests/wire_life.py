@@ -51,8 +51,10 @@ class Kind:
 
 
 def _is_conditional(request: Request) -> bool:
-    """Whether it asks to create what is not there."""
-    return "ifGenerationMatch=0" in request.path or any(name.lower() == "if-none-match" for name, _ in request.headers)
+    """Whether it creates what must not be there yet. What only begins an upload creates nothing."""
+    if request.method in ("POST", "PUT") and ("upload_id=" in request.path or "ifGenerationMatch=0" in request.path):
+        return "name=" not in request.path
+    return any(name.lower() == "if-none-match" for name, _ in request.headers)
 
 
 def _has_body(request: Request) -> bool:
@@ -320,7 +322,7 @@ READING = ("load", "open", "verify")
 class Tried:
     """How an operation went."""
 
-    fired: bool = False
+    fired: bool
     violations: list[str] = field(default_factory=list)
 
 
@@ -347,27 +349,20 @@ def prepare(world: World, operation: Operation) -> None:
 
 
 def strike(world: World, operation: Operation, nth: int, kind: Kind, *, newer: bool = False) -> Tried:
-    """Do it while `kind` happens to its request number `nth`, and judge what was told.
+    """Do it while `kind` happens to the `nth` of the requests that it can happen to, and judge what was told.
 
     `newer`: a newer job saves before what is late arrives.
     """
-    tried = Tried()
     prepare(world, operation)
-
-    def struck(x: Exchange) -> None:
-        if kind.applies(x.request):
-            tried.fired = True
-            kind.fault(x)
-        else:
-            x.reply(x.forward())
-
-    world.proxy.strike_number(nth, struck)
+    seen = itertools.count(1)
+    world.proxy.inject(kind.fault, lambda request: kind.applies(request) and next(seen) == nth)
     error: BaseException | None = None
     try:
         operation.run(world)
     except Exception as exc:  # judged below
         error = exc
     world.settle()
+    tried = Tried(not world.proxy.pending)
     world.proxy.heal()
     tried.violations += judge(world, error)
     if newer:
