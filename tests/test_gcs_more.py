@@ -14,7 +14,7 @@ from procs import Nursery
 from ckptstore import Store
 from ckptstore.backends.gcs import GcsBackend
 from ckptstore.cli import main
-from ckptstore.errors import BackendError, Transient
+from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, Transient
 
 pytest_plugins = ("gcs_fixtures",)
 
@@ -103,6 +103,31 @@ def test_bytes_changed_on_the_way_are_refused(fake_gcs: Service, size: int) -> N
     with fake_gcs.layer.fated(changes, "create", "part"), pytest.raises(BackendError, match=r"CRC32C|damaged"):
         write(backend, "data/x", _BIG[:size])
     assert [*backend.list("")] == []
+
+
+def test_an_error_inside_a_200_is_an_error(fake_gcs: Service) -> None:
+    """Nothing was created, and nobody must believe it."""
+    inside = Answer(200, says(500).body)
+    backend = fake_gcs.backend()
+    with fake_gcs.layer.fated(lambda obey, request: inside, "create"):
+        with pytest.raises(Ambiguous, match="because"):
+            backend.put_if_absent("log/x", b"record")
+        with pytest.raises(Transient, match="because"):
+            write(backend, "data/x", b"small")
+    with fake_gcs.layer.fated(lambda obey, request: inside, "part"), pytest.raises(Transient, match="because"):
+        write(backend, "data/x", _BIG)
+    assert [*backend.list("")] == []
+
+
+@pytest.mark.parametrize("size", [3, len(_BIG)])
+def test_ones_own_write_is_no_conflict(fake_gcs: Service, size: int) -> None:
+    """Something on the way sends it twice, and the answer is that of the second time."""
+    backend = fake_gcs.backend()
+    with fake_gcs.layer.fated(lambda obey, request: (obey(), says(412))[1], "create", "part"):
+        checksum = write(backend, "data/x", _BIG[:size])
+    assert backend.stat("data/x").checksum == checksum
+    with pytest.raises(AlreadyExists):
+        write(backend, "data/x", bytes(size))
 
 
 def test_reads_are_of_one_generation(fake_gcs: Service) -> None:
