@@ -118,8 +118,11 @@ def cut_request(x: Exchange) -> None:
 
 def conflict_after(x: Exchange) -> None:
     """The request takes effect, and the answer is 412: something on the way has sent it twice."""
-    x.forward()
-    answer(412, "PreconditionFailed")(x)
+    done = x.forward()
+    if done.status < 300:
+        answer(412, "PreconditionFailed")(x)
+    else:  # part of an upload, say, which is not complete yet
+        x.reply(done)
 
 
 def answer(status: int, code: str) -> Fault:
