@@ -38,7 +38,7 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
         path = os.fspath(text)
         if not isinstance(path, str) or not path or "\0" in path:
             raise InvalidURL("the store's path must be a non-empty str path without NUL")
-        return StoreURL("file", path)
+        return StoreURL("file", _encodable(path))
     if not isinstance(text, str):
         raise InvalidURL(f"a store is named by a str or os.PathLike, not by {type(text).__name__}")
     body, _, query = text.partition("?")
@@ -55,7 +55,15 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
         location = unquote("/" + rest)
     if not location or "\0" in location:
         raise InvalidURL("the store URL names no place; write a path such as runs/42 or a URL such as file:///data/run-42")
-    return StoreURL(scheme, location, _options(query))
+    return StoreURL(scheme, _encodable(location), _options(query))
+
+
+def _encodable(location: str) -> str:
+    try:
+        os.fsencode(location)  # a surrogate that stands for a byte, as os.listdir gives it, is fine
+    except UnicodeEncodeError:
+        raise InvalidURL(f"the store's place {location!a:.200} has half of a surrogate pair, which no path can have") from None
+    return location
 
 
 def _options(query: str) -> dict[str, str]:

@@ -135,7 +135,7 @@ def life(tmp_path: Path) -> Life:
 
 
 @pytest.mark.parametrize(
-    ("most", "at_least"), [pytest.param(3, 300, id="sampled"), pytest.param(400, 20_000, id="full", marks=pytest.mark.soak)]
+    ("most", "at_least"), [pytest.param(3, 300, id="sampled"), pytest.param(600, 20_000, id="full", marks=pytest.mark.soak)]
 )
 def test_nothing_is_lost_in_any_crash_state(life: Life, tmp_path: Path, most: int, at_least: int) -> None:
     found = Counter(verdicts(life, tmp_path, most))
