@@ -20,8 +20,6 @@ from faulty_http import (
     cut,
     cut_request,
     lost,
-    silent,
-    silent_after,
     unanswered,
 )
 from stores import contents, state_of, write
@@ -125,9 +123,6 @@ GCS = {
     "503": Kind(_json_error(503)),
     "error inside 200": Kind(_json_error(500, sent=200), lambda r: r.method in ("POST", "PUT")),
 }
-
-TIMEOUTS = {"time-out, not applied": Kind(silent), "time-out, applied": Kind(silent_after)}
-"""For clients that do not wait long."""
 
 
 # --- the store
