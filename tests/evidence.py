@@ -13,12 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["OURS", "SUBJECTS", "record", "table"]
+__all__ = ["FILE", "OURS", "SUBJECTS", "record", "table"]
 
 OURS = "ckptstore"
 SUBJECTS = (OURS, "torch.save", "tmp + os.replace", "DCP")
 
-_FILE = "CKPTSTORE_EVIDENCE"
+FILE = "CKPTSTORE_EVIDENCE"
 """The environment variable with the file that is added to; without it, nothing is."""
 
 
@@ -30,7 +30,7 @@ def record(experiment: str, *, points: int, fired: int, violations: int, subject
     """
     assert subject in SUBJECTS
     assert 0 <= violations <= fired <= points
-    if file := os.environ.get(_FILE):
+    if file := os.environ.get(FILE):
         line = json.dumps([experiment, subject, points, fired, violations]) + "\n"
         fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:

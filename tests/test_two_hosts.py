@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence
 import pytest
 from juicefs_rig import SharedFolder
 from procs import Channel, Nursery, litter, nursery
@@ -22,6 +23,7 @@ from ckptstore import Store
 from ckptstore.backends.shared import SharedBackend, _SharedWriter
 from ckptstore.errors import AlreadyExists, CkptStoreError
 from ckptstore.log import slot_key
+from ckptstore.mounts import file_system
 from ckptstore.protocol import Backend
 from ckptstore.record import Record, decode
 from ckptstore.sampler import InterruptableSampler
@@ -166,12 +168,18 @@ def test_two_hosts_race_for_commits(two: SharedFolder, warm: Nursery, saves: int
             host.send("go")
         begun = time.monotonic()
         acknowledged = [host.expect("saved")[0] for _ in range(saves) for host in hosts]
-        print(f"{2 * saves} commits by two hosts in {time.monotonic() - begun:.1f} s")
+        seconds = time.monotonic() - begun
         assert len(set(acknowledged)) == 2 * saves
+    lost, dangling = set[str](), set[str]()
     for url in (on_b, on_a):
         with Store(url) as reader:
-            assert {c.id for c in reader} == {first, *acknowledged}, "none is lost"
-            assert reader.verify() == [], "none is dangling"
+            lost |= {first, *acknowledged} - {c.id for c in reader}
+            dangling |= {damage.id for damage in reader.verify()}
+    kind = file_system(str(two.a))
+    print(f"{2 * saves} commits by two hosts in {seconds:.1f} s on {kind}: {len(lost)} lost, {len(dangling)} dangling")
+    evidence.record(f"two hosts race, {kind}", points=2 * saves, fired=2 * saves, violations=len(lost | dangling))
+    assert not lost
+    assert not dangling
     backend = SharedBackend.open(str(two.b / "run"), {})
     records = [decode(backend.get(slot_key(n), 1 << 24), n) for n in range(1, 2 * saves + 3)]
     assert len({record.op for record in records}) == len(records)
