@@ -126,6 +126,28 @@ def test_the_count_of_links_tells_when_the_name_is_not_seen_yet(tmp_path: Path, 
     assert backend.get("log/1", 1) == b"1"
 
 
+def test_what_became_of_a_link_is_looked_up_in_the_folder_opened_anew(tmp_path: Path, sick: SickOS) -> None:
+    """Through a folder that was opened before, a host may still see what it had cached."""
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    made = error_after(errno.EIO)
+    fresh: list[int] = []
+
+    def opened(call: Callable[..., int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        fresh.append(call(*args, **kwargs))
+        return fresh[-1]
+
+    def cached(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        if kwargs.get("dir_fd") not in fresh:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return call(*args, **kwargs)
+
+    sick.start(lambda name, nth: None if not sick.seen["link"] else {"link": made, "open": opened, "stat": cached}.get(name))
+    backend.put_if_absent("log/1", b"1")
+    assert fresh
+    assert backend.get("log/1", 1) == b"1"
+
+
 def test_a_folder_that_has_become_stale_is_opened_anew_for_the_link(tmp_path: Path, sick: SickOS) -> None:
     (tmp_path / "log").mkdir()
     backend = backend_at(tmp_path)
