@@ -91,6 +91,5 @@ def _is(names: re.Pattern[str], exc: Exception) -> bool:
 
 def _told(exc: Exception) -> str:
     """Return what `exc` says, on one line, without what may be secret: the query of a URL, or a user before an ``@``."""
-    text = " ".join(str(exc).split())[:300]
-    text = re.sub(r"\?[^\s'\"]+=[^\s'\"]*", "?…", text)
-    return f"{type(exc).__name__}: {re.sub(r'//[^/@ ]+@', '//…@', text)}"
+    text = re.sub(r"\?[^\s'\"]+=[^\s'\"]*", "?…", " ".join(str(exc).split()))
+    return f"{type(exc).__name__}: {re.sub(r'//[^/@ ]+@', '//…@', text)[:300]}"  # cut last: half a secret would not be found

@@ -50,16 +50,18 @@ _SDK_CHAIN = "the environment, AWS_PROFILE or a role, never in a URL, which ends
 _UNKNOWN_HEADER = ("InvalidArgument", "InvalidRequest", "NotImplemented")
 """Codes by which services refuse what they do not know."""
 _SIGNS = {
-    "create_multipart_upload": "UploadId",
-    "complete_multipart_upload": "ETag",
-    "get_object": "ETag",
-    "head_object": "ETag",
-    "list_multipart_uploads": "IsTruncated",
-    "list_objects_v2": "IsTruncated",
-    "put_object": "ETag",
-    "upload_part": "ETag",
+    "create_multipart_upload": ("UploadId",),
+    "complete_multipart_upload": ("ETag",),
+    "get_object": ("ETag", "ContentLength"),
+    "head_object": ("ETag", "ContentLength"),
+    "list_multipart_uploads": ("IsTruncated",),
+    "list_objects_v2": ("IsTruncated",),
+    "put_object": ("ETag",),
+    "upload_part": ("ETag",),
 }
 """What every answer of S3 to these holds."""
+_PIECE = 1 << 18
+"""Bytes that are given to a connection at a time, each within its time-out: a whole part would have to go out within 10 s."""
 _AMAZON = re.compile(r".*\.amazonaws\.(com|com\.cn|eu)")
 
 
@@ -106,16 +108,16 @@ class Bucket:
             if found == credentials:
                 raise
             answer = getattr(client, operation)(**params)
-        sign = _SIGNS.get(operation)
-        if sign and answer.get(sign) is None:
-            # A 200 of something in between, a proxy or a log-in page: to the SDK, an object without attributes, or no objects.
-            raise ResponseParserError(f"the answer has no {sign}, so it is not S3's; look at endpoint_url and the network")
+        for sign in _SIGNS.get(operation, ()):
+            if answer.get(sign) is None:
+                # A 200 of something in between, a proxy or a log-in page: to the SDK, an object without attributes, or no objects.
+                raise ResponseParserError(f"the answer has no {sign}, so it is not S3's; look at endpoint_url and the network")
         return answer
 
     def put(self, key: str, data: bytes, **condition: str) -> str | None:
         """Write one object at one go; return the service's own checksum, None if it has none."""
         crc = {"ChecksumCRC64NVME": base64_crc(crc64nvme(data))}
-        answer, _ = self._negotiated("put_object", key, crc, Body=data, **self.encryption, **condition)
+        answer, _ = self._negotiated("put_object", key, crc, Body=_Body(memoryview(data)), **self.encryption, **condition)
         return recorded(answer)
 
     def begin_upload(self, key: str) -> tuple[str, bool]:
@@ -155,7 +157,7 @@ class Bucket:
                 elif operation == "put_object" and not self._proven:
                     self._fall_back()  # it did not look at ours
                 return answer, True
-        md5 = {"ContentMD5": _md5(params["Body"])} if "Body" in params else {}
+        md5 = {"ContentMD5": _md5(params["Body"].data)} if "Body" in params else {}
         answer = self.call(operation, key, **md5, **params)
         self._fall_back()
         return answer, False
@@ -235,6 +237,8 @@ class Bucket:
     def _client_of(self, session: Any, config: Config) -> Any:
         try:
             return session.client("s3", config=config, endpoint_url=self._options.get("endpoint_url"))
+        except sdk.InvalidRegionError as exc:
+            raise InvalidOption(f"{self.url}: {exc}; correct region= or AWS_REGION") from exc
         except ValueError as exc:  # not shown: it may hold a password
             raise InvalidOption(f"{self.url}: the endpoint in AWS_ENDPOINT_URL or the AWS configuration is no URL") from exc
 
@@ -269,10 +273,20 @@ class _Body(io.RawIOBase):
         return self._at
 
 
+class _Pieces:
+    """Memory as a body that is sent piece by piece, as often as asked for."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return (self._data[start : start + _PIECE] for start in range(0, len(self._data), _PIECE))
+
+
 def _send_memory(request: Any, **_: Any) -> None:
     """Let the socket take a part from memory: 16 KiB at a time, as the SDK reads files, cost more than sending them."""
     if isinstance(request.body, _Body):
-        request.body = request.body.data
+        request.body = _Pieces(request.body.data)
 
 
 def recorded(answer: Mapping[str, Any]) -> str | None:

@@ -125,12 +125,12 @@ class FileSink:
     def _write_large(self, view: memoryview) -> None:
         start = 0
         if self._buffer:
-            start = max(0, self._storage.min_part - len(self._buffer))  # no part but the last may be shorter
+            start = max(0, self._least() - len(self._buffer))
             self._buffer += view[:start]
-            if len(self._buffer) >= self._storage.min_part:
+            if len(self._buffer) >= self._least():
                 self._send_buffer()
         pieces = []
-        while len(view) - start >= max(1, self._storage.min_part):
+        while len(view) - start >= max(1, self._least()):
             piece = view[start : start + self._part()]
             pieces.append(self._send(piece))
             start += len(piece)
@@ -141,6 +141,11 @@ class FileSink:
         """Return the size of the next part. Where their number is limited they grow: 10 000 from 5 MiB on make 5 TiB."""
         growth = 1 + max(0, len(self._chunks) - 1000) // 36 if self._storage.max_parts else 1
         return min(self._storage.part_size * growth, CHUNK_LIMIT)
+
+    def _least(self) -> int:
+        """Return the size below which no part may be but the last. One that has grown must be whole, lest 10 000 be too few."""
+        part = self._part()
+        return part if part > self._storage.part_size else self._storage.min_part
 
     def flush(self) -> None:
         """Do nothing: durability comes with the commit."""

@@ -17,6 +17,7 @@ from sftp_rig import PASSWORD, USER, sftp_server
 from stores import contents, write
 
 from ckptstore import Store, cli
+from ckptstore.backends._fsspec_errors import typed_error
 from ckptstore.errors import (
     BackendError,
     CkptStoreError,
@@ -207,6 +208,15 @@ def test_what_is_wrong_is_told_in_one_line(
     assert told in said
     assert "\n" not in said
     assert secret not in said
+
+
+@pytest.mark.parametrize("before", range(250, 310, 6))
+def test_a_secret_is_not_shown_by_halves(before: int) -> None:
+    """Long messages of the libraries are cut."""
+    for secret in ("sftp://me:hunter2hunter2@host/x", "https://host/x?sig=hunter2hunter2"):
+        told = str(typed_error(OSError(f"{'x' * before} {secret}"), "could not read", "read", creating=False))
+        assert "hunter" not in told
+        assert len(told) < 400
 
 
 # --- lost answers

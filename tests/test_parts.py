@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,15 @@ from ckptstore.transfer import FileSink, Workers
 
 MIB = 1 << 20
 SERVICE = Capabilities(atomic_create=True, durable=True, part_size=64, parallel=4, min_part=40, max_parts=10_000)
+
+
+class Unused(Workers):
+    """Does nothing with what it gets."""
+
+    def submit(self, call: Any, *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result((0, ""))
+        return done
 
 
 class Parts:
@@ -97,6 +107,19 @@ def test_five_tebibytes_fit_into_ten_thousand_parts(part_size: int) -> None:
     assert sizes == sorted(sizes)
     assert max(sizes) <= min(CHUNK_LIMIT, 5 << 30)
     assert sizes[1000] == part_size  # only files of many gigabytes have larger ones
+
+
+@pytest.mark.parametrize("shape", [(0.5,), (1.02,), (0.02, 0.5), (0.02, 1.02)])
+def test_however_large_the_tensors_are_they_fit_into_ten_thousand_parts(shape: tuple[float, ...]) -> None:
+    """Tensors that are just a little larger than a part, or small ones between large ones, must not leave short parts."""
+    storage = replace(SERVICE, part_size=5 * MIB >> 14, min_part=5 * MIB >> 14)  # all is 16384 times smaller
+    sink = FileSink("f", Parts(), Unused(1), storage)
+    tensor, total = memoryview(bytes(MIB)), 0
+    while len(sink._chunks) < 9_990:
+        for factor in shape:
+            size = int(sink._part() * factor) + 1
+            total += sink.write(tensor[:size])
+    assert total >= 5 << 26
 
 
 def test_parts_do_not_grow_where_any_number_will_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import warnings
@@ -109,6 +110,24 @@ def test_parts_go_out_as_they_are_and_the_service_checks_and_keeps_the_checksum(
     assert seen == {"CreateMultipartUpload": 1, "UploadPart": 4, "CompleteMultipartUpload": 1, "HeadObject": 1}
     assert checksum is not None and checksum.startswith("crc64nvme:")
     assert checksum == s3_module.spelled(s3_module.crc64nvme(data)) == backend.stat("data/x/state.pt").checksum
+
+
+@pytest.mark.parametrize("size", [PART, 2 * PART])
+def test_a_slow_connection_needs_to_take_only_a_little_within_its_time_out(
+    backend: S3Backend, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Python's `sendall` must be done with all that it is given before the time-out, which at first is that for connecting."""
+    given: list[int] = []
+    send = http.client.HTTPConnection.send
+
+    def sends(self: Any, data: Any) -> None:
+        given.append(len(data))
+        send(self, data)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "send", sends)
+    write(backend, "data/x/state.pt", bytes(size))
+    assert sum(given) > size
+    assert max(given) <= 1 << 18
 
 
 def test_a_file_of_one_part_is_one_request(backend: S3Backend) -> None:

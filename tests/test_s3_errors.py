@@ -110,6 +110,19 @@ def test_a_200_that_is_not_s3s(backend: S3Backend, page: str) -> None:
     assert keys(backend) == ["data/x/state.pt"]
 
 
+def test_an_answer_without_a_length(backend: S3Backend) -> None:
+    """A proxy that packs answers anew does not know how long they will be."""
+    write(backend, "data/x/state.pt", b"x")
+    with on_wire(backend, says(200, "<x/>", headers={"ETag": '"e"'})):
+        for call in (
+            lambda: backend.get("data/x/state.pt", 100),
+            lambda: backend.read_into("data/x/state.pt", 0, memoryview(bytearray(1))),
+            lambda: backend.stat("data/x/state.pt"),
+        ):
+            with pytest.raises(errors.Transient, match="no ContentLength"):
+                call()
+
+
 def test_an_upload_that_somebody_aborted(backend: S3Backend) -> None:
     writer = backend.open_writer("data/x/state.pt")
     writer.write(0, memoryview(bytes(PART)), 0)
@@ -286,4 +299,10 @@ def test_a_password_in_the_environment_s_endpoint_is_not_shown(aws: None, monkey
 def test_an_endpoint_of_the_environment_s_that_is_no_url(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
     with pytest.raises(errors.InvalidOption, match="AWS_ENDPOINT_URL"):
+        keys(S3Backend.open("bucket/run", {"anonymous": "1"}))
+
+
+def test_a_region_of_the_environment_s_that_is_none(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us_east_1!")
+    with pytest.raises(errors.InvalidOption, match=r"us_east_1!.*AWS_REGION"):
         keys(S3Backend.open("bucket/run", {"anonymous": "1"}))
