@@ -798,7 +798,7 @@ def test_every_error_of_ours_has_its_status() -> None:
         kind = getattr(ckptstore.errors, name)
         if not issubclass(kind, Warning):
             statuses.setdefault(_errors.explain(kind("why"))[0], set()).add(name)
-    assert statuses.pop(1) == {"Damaged", "DamagedFile", "DamagedManifest", "DamagedRecord"}
+    assert statuses.pop(1) == {"Damaged", "DamagedFile", "DamagedManifest", "DamagedRecord", "Forged"}
     assert statuses.pop(2) == {"CheckpointNotFound", "InvalidName", "InvalidOption", "InvalidURL", "UnknownScheme", "UsageError"}
     assert set(statuses) == {3}
 
