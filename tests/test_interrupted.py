@@ -63,7 +63,8 @@ def interrupted(channel: Channel, url: str, seed: int) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("times", [10, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("times", [1000])
 def test_signals_that_raise_at_random_moments(tmp_path: Path, saving: Nursery, times: int) -> None:
     rng = random.Random(20261124)
     url = str(tmp_path / "store")
