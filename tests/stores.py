@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -79,6 +79,28 @@ def contents(store: Store, checkpoint_id: str) -> dict[str, bytes]:
 def tree(folder: Path) -> dict[str, bytes]:
     """Return all files below `folder`."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class RawFolder:
+    """The raw access of the conformance suite to a backend that keeps its objects in a folder: to be named before `BackendConformance`."""
+
+    place: Path
+
+    @property
+    def root(self) -> Path:
+        return self.place / "runs" / "42"
+
+    def raw_get(self, key: str) -> bytes | None:
+        path = self.root / key
+        return path.read_bytes() if path.exists() else None
+
+    def raw_put(self, key: str, data: bytes) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def raw_keys(self) -> Sequence[str]:
+        return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
 
 
 class Killed(BaseException):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stores import RawFolder
+
 from ckptstore.backends import memory
 from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.memory import MemoryBackend
@@ -12,25 +14,9 @@ from ckptstore.protocol import Backend
 from ckptstore.testing import BackendConformance, FaultyBackend
 
 
-class TestLocal(BackendConformance):
+class TestLocal(RawFolder, BackendConformance):
     def make_backend(self, place: Path) -> Backend:
         return LocalBackend.open(str(place / "runs" / "42"), {})
-
-    @property
-    def root(self) -> Path:
-        return self.place / "runs" / "42"
-
-    def raw_get(self, key: str) -> bytes | None:
-        path = self.root / key
-        return path.read_bytes() if path.exists() else None
-
-    def raw_put(self, key: str, data: bytes) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    def raw_keys(self) -> Sequence[str]:
-        return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
 
 
 class TestMemory(BackendConformance):

@@ -14,6 +14,7 @@ import pytest
 from azure.core.exceptions import ResourceNotFoundError
 from azure.storage.blob import ContainerClient
 from sftp_rig import PASSWORD, USER, sftp_server
+from stores import RawFolder
 
 from ckptstore.backends.fsspec import backend_for
 from ckptstore.protocol import Backend
@@ -38,27 +39,11 @@ def _place(server: Any) -> str:
     return f"{bucket}/runs/{next(_numbers)}"
 
 
-class TestLocal(BackendConformance):
+class TestLocal(RawFolder, BackendConformance):
     """Stands for all file systems with folders and renames: local, sftp, smb, ftp."""
 
     def make_backend(self, place: Path) -> Backend:
         return SingleWriter(_opened("fsspec+file", str(place / "runs" / "42")))
-
-    @property
-    def root(self) -> Path:
-        return self.place / "runs" / "42"
-
-    def raw_get(self, key: str) -> bytes | None:
-        path = self.root / key
-        return path.read_bytes() if path.exists() else None
-
-    def raw_put(self, key: str, data: bytes) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    def raw_keys(self) -> Sequence[str]:
-        return [str(p.relative_to(self.root)) for p in self.root.rglob("*") if not p.is_dir()]
 
 
 class TestMemory(BackendConformance):

@@ -17,7 +17,7 @@ import evidence
 import pytest
 from juicefs_rig import SharedFolder
 from procs import Channel, Nursery, litter, nursery
-from stores import write
+from stores import RawFolder, write
 
 from ckptstore import Store
 from ckptstore.backends.shared import SharedBackend, _SharedWriter
@@ -32,7 +32,7 @@ from ckptstore.testing import BackendConformance
 pytest_plugins = ("rig_fixtures",)
 
 
-class TestShared(BackendConformance):
+class TestShared(RawFolder, BackendConformance):
     """What one mount is told, the other one shows."""
 
     rounds = 2
@@ -50,15 +50,6 @@ class TestShared(BackendConformance):
     @property
     def root(self) -> Path:
         return self.two.b / "run"
-
-    def raw_get(self, key: str) -> bytes | None:
-        path = self.root / key
-        return path.read_bytes() if path.exists() else None
-
-    def raw_put(self, key: str, data: bytes) -> None:
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
 
     def raw_keys(self) -> Sequence[str]:
         # NFS keeps a removed file that somebody has open, here a forgotten writer, under such a name.
