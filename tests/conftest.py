@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,32 @@ def mounted(place: Path, kind: str, options: str, device: str = "none") -> Itera
         yield
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+@contextmanager
+def rig_running(kind: str, command: Sequence[str], folder: Path) -> Iterator[None]:
+    """Run a script that mounts file systems below `folder` for the length of the block; it says "ready", and ends with its input."""
+    log = folder / "log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the tests; then we end it
+        ) as rig,
+    ):
+        assert rig.stdin
+        assert rig.stdout
+        try:
+            ready = rig.stdout.readline() == "ready\n"
+            require(ready, f"{kind} cannot be mounted here: {log.read_text(errors='replace')[-2000:]}")
+            yield
+        finally:
+            rig.stdin.close()
+            rig.wait(30)
 
 
 _CALLS = "fsync,fdatasync,link,linkat,rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,close"

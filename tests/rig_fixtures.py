@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import shared_rigs
-from conftest import require
+from conftest import require, rig_running
 from juicefs_rig import SharedFolder
 
 pytest_plugins = ("juicefs_fixtures",)
@@ -24,28 +23,8 @@ def started(kind: str, folder: Path) -> Iterator[Path]:
     """Have a rig of `shared_rigs` for the length of the block, mounted on ``a`` and ``b`` in `folder`."""
     missing = shared_rigs.missing(kind)
     require(not missing, f"{kind} needs {', '.join(missing)}")
-    log = folder / "log"
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            shared_rigs.command(kind, folder),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=out,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the tests; then we end it
-        ) as rig,
-    ):
-        assert rig.stdin
-        assert rig.stdout
-        try:
-            require(
-                rig.stdout.readline() == "ready\n", f"{kind} cannot be mounted here: {log.read_text(errors='replace')[-2000:]}"
-            )
-            yield folder
-        finally:
-            rig.stdin.close()
-            rig.wait(30)
+    with rig_running(kind, shared_rigs.command(kind, folder), folder):
+        yield folder
 
 
 @pytest.fixture(scope="session")
