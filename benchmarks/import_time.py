@@ -1,24 +1,28 @@
 """Time of ``import ckptstore`` and of what a command needs, beyond a bare interpreter."""
 
-import json
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from statistics import median
 
-
-def seconds(code: str) -> float:
-    """Return the wall time of a fresh interpreter that runs `code`."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - start
+from paired import figure, paired, report
 
 
-cases = {"import ckptstore": "import ckptstore", "open a store": "import ckptstore; ckptstore.Store('runs/x')"}
-times: dict[str, list[float]] = {name: [] for name in ("pass", *cases)}
-for _ in range(15):
-    times["pass"].append(seconds("pass"))
-    for name, code in cases.items():
-        times[name].append(seconds(f"{code}; import sys; assert 'torch' not in sys.modules"))
-bare = median(times["pass"])
-print(json.dumps({f"{name} (ms)": round(1e3 * (median(times[name]) - bare), 1) for name in cases}))
+def python(code: str) -> Callable[[], object]:
+    """Return what runs `code` in a fresh interpreter."""
+    return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LIGHT = "; import sys; assert 'torch' not in sys.modules"
+ways = {
+    "bare interpreter": python("pass"),
+    "import ckptstore": python("import ckptstore" + LIGHT),
+    "open a store": python("import ckptstore; ckptstore.Store('runs/x')" + LIGHT),
+}
+result = paired("a fresh interpreter", ways, rounds=15)
+bare, ours, opened = (1e3 * median(run["wall"]) for run in result["runs"].values())
+report(
+    result,
+    figure("import ckptstore, beyond the interpreter", round(ours - bare, 1), "ms", 150),
+    figure("open a store, beyond the interpreter", round(opened - bare, 1), "ms"),
+)

@@ -5,29 +5,21 @@ byte that it loads. CPU seconds are those of the client's process; the server's 
 """
 
 import io
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import boto3
 import obstore
 import s3fs
 import torch
 from obstore.store import S3Store
+from paired import SIZE, Target, large, paired, report
 from s3torchconnector import S3Checkpoint, S3ClientConfig
-
-import ckptstore
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from services import seaweedfs_server
 
-MIB = 1 << 20
-SIZE = int(os.environ.get("BENCH_MIB", "1024")) * MIB
-ROUNDS = 3
+import ckptstore
 
 
 def clients(url: str, bucket: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -84,31 +76,14 @@ def clients(url: str, bucket: str) -> dict[str, tuple[Callable[[], object], Call
     }
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds that a call takes, and the CPU seconds of this process meanwhile."""
-    start, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - start, time.process_time() - cpu
-
-
-state = {f"layer{i}": torch.rand(SIZE // 32 // 4) for i in range(32)}
+state = large()
 with seaweedfs_server(Path(sys.argv[1])) as server:
     os.environ.update(server.env)
-    all_clients = clients(server.endpoint_url, server.new_bucket())
-    names = list(all_clients)
-    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {(n, way): [] for n in names for way in ("save", "load")}
-    for turn in range(ROUNDS):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            save, load = all_clients[name]
-            seconds[name, "save"].append(timed(save))
-            seconds[name, "load"].append(timed(load))
-figures: dict[str, str | float] = {"server": "SeaweedFS", "state (MiB)": SIZE // MIB, "rounds": ROUNDS}
-for way in ("save", "load"):
-    for name in names:
-        wall, cpu = (median(column) for column in zip(*seconds[name, way], strict=True))
-        figures[f"{way}, {name}"] = f"{SIZE / MIB / wall:.0f} MiB/s, {cpu / (SIZE / 1e9):.2f} CPU s/GB"
-    best = min(median(w for w, _ in seconds[name, way]) for name in names[1:])
-    figures[f"{way}: ckptstore's speed by that of the fastest other"] = round(
-        best / median(w for w, _ in seconds["ckptstore", way]), 2
-    )
-print(json.dumps(figures))
+    ways = clients(server.endpoint_url, server.new_bucket())
+    ours, *others = ways
+    results = []
+    for number, what in enumerate(("save", "load")):
+        calls = {name: pair[number] for name, pair in ways.items()}
+        targets = [Target(ours, other, round(1 / 1.3, 2)) for other in others]
+        results.append(paired(f"{what} on S3 (SeaweedFS)", calls, 3, targets, size=SIZE))
+report(*results)

@@ -1,28 +1,16 @@
 """Requests per save, per load and per look for the newest on S3 (a real server, SeaweedFS), and the memory that a large save takes."""
 
-import json
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import ckptstore
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from paired import MIB, extra_memory, figure, large, report
 from services import seaweedfs_server
 
-MIB = 1 << 20
-
-
-def memory(field: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None
-    return int(match[1]) * 1024
+import ckptstore
 
 
 def counted(store: ckptstore.Store) -> Counter[str]:
@@ -39,17 +27,16 @@ def counted(store: ckptstore.Store) -> Counter[str]:
     return seen
 
 
-def told(seen: Counter[str]) -> str:
+def told(title: str, seen: Counter[str], at_most: int | None = None) -> dict[str, Any]:
     """Return what was counted, and begin anew."""
-    text = f"{sum(seen.values())} ({', '.join(f'{n} {name}' for name, n in seen.items())})"
+    found = figure(title, sum(seen.values()), "requests", at_most, ", ".join(f"{n} {name}" for name, n in seen.items()))
     seen.clear()
-    return text
+    return found
 
 
 with seaweedfs_server(Path(sys.argv[1])) as server:
     os.environ.update(server.env)
     url = f"s3://{server.new_bucket()}/run?endpoint_url={server.endpoint_url}"
-    figures: dict[str, object] = {}
     with ckptstore.Store(url) as store:
         for step in range(3):
             store.save({"weight": torch.zeros(1024)}, step=step)
@@ -57,19 +44,17 @@ with seaweedfs_server(Path(sys.argv[1])) as server:
         seen = counted(store)
         store.save({"weight": torch.zeros(1024)}, step=3)
         store._engine.settle()
-        figures["save of a small state (with the pruning of an old one)"] = told(seen)
+        figures = [told("save of a small state (with the pruning of an old one)", seen, 6)]
         store.load()
-        figures["load by the job itself"] = told(seen)
+        figures.append(told("load by the job itself", seen))
     with ckptstore.Store(url) as store:
         seen = counted(store)
         store.names()
-        figures["finding the newest, in a new process"] = told(seen)
+        figures.append(told("finding the newest, in a new process", seen, 3))
         store.load()
-        figures["and loading it"] = told(seen)
+        figures.append(told("and loading it", seen))
     with ckptstore.Store(url) as store:
-        state = {f"layer{i}": torch.rand(32 * MIB // 4) for i in range(32)}
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to now: proc_pid_clear_refs(5)
-        store.save(state, step=4)
-        figures["extra memory of a save of 1 GiB (MiB); concurrency × part_size is 64"] = round((memory("VmHWM") - before) / MIB)
-print(json.dumps(figures))
+        state = large()
+        saved = extra_memory(lambda: store.save(state, step=4))
+        figures.append(figure("save: extra memory", round(saved / MIB), "MiB", 128, "concurrency × part_size is 64"))
+report(*figures)

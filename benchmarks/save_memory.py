@@ -1,41 +1,21 @@
-"""Peak extra memory of a synchronous save of 1 GiB in 32 tensors, by the kernel's own high-water mark (VmHWM)."""
+"""Peak extra memory of a synchronous save, and of a load beyond the loaded object."""
 
-import json
-import re
 import sys
-from pathlib import Path
+from functools import partial
 
 import torch
+from paired import MIB, SIZE, extra_memory, figure, large, report
 
 import ckptstore
 
-GIB = 1 << 30
-
-
-def memory(field: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None
-    return int(match[1]) * 1024
-
-
-state = {f"layer{i}": torch.ones(GIB // 32 // 4) for i in range(32)}
+state = large()
 store = ckptstore.Store(f"{sys.argv[1]}/memory?keep_last=1")
 store.save({"warm": torch.ones(1 << 20)}, "warm")  # imports and threads are not part of the figure
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to now: proc_pid_clear_refs(5)
-store.save(state, step=1)
-saved = memory("VmHWM") - before
+saved = extra_memory(partial(store.save, state, step=1))
 del state
-before = memory("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-loaded = store.load()
-peak = memory("VmHWM") - before
-print(
-    json.dumps(
-        {
-            "save: extra (MiB)": round(saved / 2**20, 1),
-            "load: peak beyond the loaded object (MiB)": round((peak - GIB) / 2**20, 1),
-        }
-    )
+loaded: list[object] = []
+peak = extra_memory(lambda: loaded.append(store.load())) - SIZE
+report(
+    figure("save: extra memory", round(saved / MIB, 1), "MiB", 64, f"of a state of {SIZE // MIB} MiB"),
+    figure("load: beyond the loaded object", round(peak / MIB, 1), "MiB"),
 )

@@ -7,31 +7,21 @@ comes from a cache of the client that wrote it.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+from paired import MIB, SIZE, Target, Way, figure, large, paired, report
 
 from ckptstore import Store
 
-MIB = 1 << 20
-SIZE = int(os.environ.get("BENCH_MIB", "1024")) * MIB
-ROUNDS = 3
 COMMITS = 60
 PIECE = 8 * MIB
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def plain_save(path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -40,7 +30,8 @@ def plain_save(path: Path, state: dict[str, torch.Tensor]) -> None:
     for tensor in state.values():
         view = memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
         for start in range(0, len(view), PIECE):
-            assert os.write(fd, view[start : start + PIECE]) == PIECE
+            piece = view[start : start + PIECE]
+            assert os.write(fd, piece) == len(piece)
     os.fsync(fd)
     os.close(fd)
 
@@ -78,46 +69,48 @@ def commit(url: str) -> None:
             store.save({"step": step}, f"name-{os.getpid()}", step=step)
 
 
-def spread(values: list[float]) -> str:
-    """Return the median and what it lies between."""
-    return f"{median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
-
-
 def main(a: Path, b: Path) -> None:
-    """Print the figures."""
-    figures: dict[str, object] = {"file system": "JuiceFS", "rounds": ROUNDS}
+    """Report the figures."""
+    results: list[dict[str, Any]] = []
     for count in (1, 2):
         rates = [race([f"shared://{place}/race-{count}-{turn}?create=1" for place in (a, b)[:count]]) for turn in range(3)]
-        figures[f"commits per second, {count} writer{'s' * (count > 1)}"] = (
-            f"{median(rates):.0f} ({min(rates):.0f} – {max(rates):.0f})"
-        )
-    state = {f"layer{i}": torch.rand(SIZE // 32 // 4) for i in range(32)}
+        note = f"between {min(rates):.0f} and {max(rates):.0f}"
+        results.append(figure(f"commits, {count} writer{'s' * (count > 1)}", round(median(rates)), "per second", note=note))
+    state = large()
     store, other = Store(f"shared://{a}/big?create=1&keep_last=1"), Store(f"shared://{b}/big")
     store.save({"warm": torch.ones(1)})
     other.load()
-    ways = {
-        "plain write": lambda: plain_save(a / "plain", state),
-        "torch.save": lambda: torch_save(a / "torch", state),
-        "save": lambda: store.save(state, step=0),
-        "plain read": lambda: (b / "plain").read_bytes(),
-        "torch.load": lambda: torch.load(b / "torch"),
-        "load": other.load,
+
+    def fresh(kind: str) -> str:
+        """Remove the files of this kind, and name a new one: a client may not see for a second that a name means another file."""
+        for old in a.glob(f"{kind}-*"):
+            old.unlink()
+        names[kind] = f"{kind}-{time.monotonic_ns()}"
+        return names[kind]
+
+    names: dict[str, str] = {}
+
+    def plain() -> None:
+        plain_save(a / fresh("plain"), state)
+
+    def by_torch() -> None:
+        torch_save(a / fresh("torch"), state)
+
+    def ours() -> None:
+        store.save(state, step=0)
+
+    settle = store._engine.settle  # what was pruned is deleted in the background; that must not slow others down
+    saves = {"save": Way(ours, after=settle), "plain write": plain, "torch.save": by_torch}
+    goals = [Target("save", "plain write", 1.15), Target("save", "torch.save", 1)]
+    results.append(paired("save on JuiceFS", saves, 3, goals, size=SIZE))
+    loads = {  # each of what was just written, so that the reader's client has not seen it
+        "load": Way(other.load, before=lambda: (ours(), settle())),
+        "plain read": Way(lambda: (b / names["plain"]).read_bytes(), before=plain),
+        "torch.load": Way(lambda: torch.load(b / names["torch"]), before=by_torch),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS):
-        (a / "plain").unlink(missing_ok=True)
-        (a / "torch").unlink(missing_ok=True)
-        names = list(ways)
-        for half in (names[:3], names[3:]):
-            for name in half[turn % 3 :] + half[: turn % 3]:
-                seconds[name].append(timed(ways[name]))
-                store._engine.settle()  # what was pruned is deleted in the background; that must not slow others down
-    for name, values in seconds.items():
-        figures[f"{name} (s)"] = spread(values)
-    for ours, plain in (("save", "plain write"), ("save", "torch.save"), ("load", "plain read"), ("load", "torch.load")):
-        ratios = [x / y for x, y in zip(seconds[ours], seconds[plain], strict=True)]
-        figures[f"{ours} / {plain}, pair by pair"] = spread(ratios)
-    print(json.dumps(figures))
+    goals = [Target("load", "plain read", 1.15), Target("load", "torch.load", 1)]
+    results.append(paired("load on JuiceFS, through the other mount", loads, 3, goals, size=SIZE, warm=0))
+    report(*results)
 
 
 if __name__ == "__main__":
