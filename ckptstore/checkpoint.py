@@ -18,8 +18,8 @@ from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFou
 from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
+from .reading import VerifiedFile, check_size, damaged_ranges, read_file
 from .record import Entry
-from .transfer import VerifiedFile, check_size, damaged_ranges, read_file
 
 __all__ = ["RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
 
