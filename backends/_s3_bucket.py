@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import os
@@ -231,6 +232,12 @@ class Bucket:
         client = self._client_of(session, config.merge(Config(s3=s3, request_checksum_calculation="when_required")))
         client.meta.events.register_last("before-call.s3", self._adapt)
         client.meta.events.register("before-send.s3", _send_memory)
+        if "payload_signing_enabled" not in s3:
+            # Over plain http, what the SDK signs holds the SHA-256 of the body, which takes longer than to send it. So parts go without:
+            # their own checksum, which is signed, tells accidents. Against somebody on the network, who could change what is read as well,
+            # there is https, and `hmac_key`. Records and manifests stay signed; and parts too if the AWS configuration says so.
+            unsigned = client.meta.config.merge(Config(s3={**s3, "payload_signing_enabled": False}))
+            client.meta.events.register("before-sign.s3.UploadPart", functools.partial(_sign_as, unsigned))
         credentials = None if options.get("anonymous") == "1" else session.get_credentials()
         return client, credentials and credentials.get_frozen_credentials()
 
@@ -247,6 +254,10 @@ class Bucket:
         if model.name == "DeleteObjects" and not self.checksums:
             params["context"].pop("checksum", None)  # the CRC-32 that the SDK would send
             params["headers"]["Content-MD5"] = _md5(params["body"])
+
+
+def _sign_as(config: Config, request: Any, **_: Any) -> None:
+    request.context["client_config"] = config
 
 
 class _Body(io.RawIOBase):

@@ -10,6 +10,7 @@ The permissions needed are GetObject, PutObject, DeleteObject, AbortMultipartUpl
 from __future__ import annotations
 
 import hashlib
+import http.client
 import re
 import threading
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from botocore import exceptions as sdk
+from urllib3.response import HTTPResponse
 
 from ckptstore.checksum import combine, crc64nvme
 from ckptstore.errors import Ambiguous, BackendError, CkptStoreError, InvalidURL, NotFound, Transient, Unreadable
@@ -122,14 +124,14 @@ class S3Backend:
                 answer = self._bucket.call("get_object", key, **range_)
                 # The same after all: some services compare what they sent, in quotes, with what they have, without.
                 self._if_match = answer["ETag"] != pin
-            with answer["Body"]:
+            with answer["Body"] as body:
                 if answer["ETag"] != self._pin(key, answer["ETag"]):
                     with self._lock:
                         self._pins.pop(key, None)
                     raise Unreadable(f"{self.url}/{key} was overwritten while it was read; look who else writes there")
                 if answer["ContentLength"] != size:
                     raise BackendError(f"{self.url}/{key} ends at byte {offset + answer['ContentLength']}, not {offset + size}")
-                _fill(buffer.cast("B"), answer["Body"])
+                _fill(buffer.cast("B"), body)
 
     def stat(self, key: str) -> ObjectInfo:
         """See `Backend.stat`. What `read_into` reads from here on is the version that was seen now."""
@@ -324,10 +326,15 @@ class _S3Writer:
         raise BackendError(f"{why}; it was removed")
 
 
-def _fill(buffer: memoryview, body: Any) -> None:
+def _fill(buffer: memoryview, body: HTTPResponse) -> None:
+    # urllib3's own `readinto` reads into memory of its own, and copies; the response below it reads from the socket into ours.
+    below: Any = getattr(body, "_fp", None)
+    straight = isinstance(below, http.client.HTTPResponse)
     done = 0
     while done < len(buffer):
-        got = body.readinto(buffer[done : done + _BLOCK])
+        got = below.readinto(buffer[done:]) if straight else body.readinto(buffer[done : done + _BLOCK])
         if not got:
             raise Transient(f"the connection ended after {done} of {len(buffer)} bytes")
         done += got
+    if straight and below.isclosed():  # read to its end, which urllib3 has not seen: the connection can be used again
+        body.release_conn()

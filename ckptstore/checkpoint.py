@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .checksum import ALGORITHM
 from .engine import Engine
 from .envelope import JSON
 from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFound
@@ -198,7 +197,7 @@ class Checkpoint:
             recorded = check_size(self._engine.backend, key, entry).checksum
         except DamagedFile as exc:
             return str(exc), False
-        for ours in (f"{ALGORITHM}:{entry.crc:016x}", entry.remote):
+        for ours in (entry.checksum, entry.remote):
             if recorded and ours and recorded.partition(":")[0] == ours.partition(":")[0]:
                 return ("" if recorded == ours else f"the service recorded {recorded} for {entry.path} instead of {ours}"), True
         return "", False

@@ -46,6 +46,11 @@ class FileEntry:
         """Key of the file below the checkpoint's folder."""
         return file_key(self.path)
 
+    @property
+    def checksum(self) -> str:
+        """The CRC of the whole file, as in `ObjectInfo.checksum`."""
+        return f"{ALGORITHM}:{self.crc:016x}"
+
 
 @dataclass(frozen=True)
 class Manifest:

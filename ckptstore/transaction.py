@@ -17,11 +17,11 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import RNG_FILE, STATE_FILE, Checkpoint
-from .checksum import sha256
+from .checksum import ALGORITHM, sha256
 from .engine import Engine
 from .envelope import JSON, check_json
 from .epoch import Writer
-from .errors import CkptStoreError, CommitUnknown, InvalidName, UsageError, WeightsOnlyWarning
+from .errors import CkptStoreError, CommitUnknown, DamagedFile, InvalidName, UsageError, WeightsOnlyWarning
 from .log import new_op
 from .manifest import FileEntry, Manifest, encode
 from .naming import MANIFEST, check_name, check_path, check_step, data_key, file_key, new_id
@@ -293,7 +293,12 @@ class Transaction:
             checksums = self._engine.workers.map(lambda item: item[0].finish(), self._written)
         for (_, key), checksum in zip(self._written, checksums, strict=True):
             if checksum and key in self._files:
-                self._files[key] = replace(self._files[key], remote=checksum)
+                entry = self._files[key]
+                if checksum.startswith(f"{ALGORITHM}:") and checksum != entry.checksum:
+                    # What arrived is what was sent: the backend has compared that. It is not what was hashed.
+                    what = f"{entry.path} changed in memory while it was saved, so nothing was published"
+                    raise DamagedFile(f"{what}; let nothing write to tensors during a save", entry.path, [(0, entry.size)])
+                self._files[key] = replace(entry, remote=checksum)
         self._written.clear()
 
     def _is_small(self) -> bool:

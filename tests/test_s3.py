@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
+import io
 import os
 import re
 import warnings
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 from s3_rig import PART, TIMEOUT, Service, keys, loses, on_wire, once, passes, says, some_bytes, write
 
 from ckptstore import errors
@@ -199,6 +202,51 @@ def test_what_arrived_otherwise_than_sent_is_removed(simple_server: Service, rem
         writer.finish()
     assert type(caught.value) is expected
     assert keys(backend) == ([] if removable else ["data/x/state.pt"])
+
+
+def test_what_is_read_goes_straight_to_its_place(backend: S3Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = some_bytes(PART)
+    write(backend, "data/x/state.pt", data)
+    given: list[int] = []
+    connections: list[object] = []
+    connect, readinto = http.client.HTTPConnection.connect, http.client.HTTPResponse.readinto
+
+    def connects(self: Any) -> None:
+        connections.append(self)
+        connect(self)
+
+    def reads(self: Any, buffer: memoryview) -> int:
+        given.append(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+        return readinto(self, buffer)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connects)
+    monkeypatch.setattr(http.client.HTTPResponse, "readinto", reads)
+    into = bytearray(len(data))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(into))
+    for offset in (0, PART // 2):
+        backend.read_into("data/x/state.pt", offset, memoryview(into)[offset : offset + PART // 2])
+    assert into == data
+    assert given and all(start <= where < start + PART for where in given)
+    assert not connections, "each answer was read to its end, so that the connection can be used again"
+
+
+def test_what_is_read_by_another_urllib3_gets_there_too(backend: S3Backend) -> None:
+    """It need not have what we look for below it."""
+    data = some_bytes(PART)
+    write(backend, "data/x/state.pt", data)
+
+    class Other(io.BytesIO):
+        status = 206
+
+    def answers(send: Any, request: Any) -> Any:
+        real = send(request)
+        return AWSResponse(request.url, 206, real.headers, Other(real.content))
+
+    into = bytearray(len(data))
+    with on_wire(backend, answers, "GetObject") as seen:
+        backend.read_into("data/x/state.pt", 0, memoryview(into))
+    assert into == data
+    assert seen == {"GetObject": 1}
 
 
 def test_reads_are_of_one_version(backend: S3Backend) -> None:

@@ -13,11 +13,13 @@ import pytest
 import races
 import torch
 from procs import Channel, Nursery, nursery
-from s3_rig import Service, keys, location_of
-from stores import write
+from s3_rig import PART, Service, keys, location_of
+from stores import store_on, write
 
 from ckptstore import Store
-from ckptstore.errors import NoAtomicCreate, StoreNotFound
+from ckptstore.errors import DamagedFile, NoAtomicCreate, StoreNotFound
+from ckptstore.protocol import Backend, PartWriter
+from ckptstore.wrapper import Wrapper
 
 pytest_plugins = ("s3_fixtures",)
 
@@ -48,6 +50,35 @@ def test_a_life_of_a_store(request: pytest.FixtureRequest, which: str) -> None:
     backend = server.backend(location_of(url))
     assert {key.split("/")[1] for key in keys(backend, "data/")} == {store.checkpoints()[0].id}
     assert keys(backend, "probe/") == []
+
+
+class _Restless(Wrapper):
+    """Storage below which memory changes between the moment when it was hashed and the one when it is sent."""
+
+    def __init__(self, inner: Backend, memory: bytearray) -> None:
+        super().__init__(inner)
+        self.memory = memory
+
+    def open_writer(self, key: str) -> PartWriter:
+        writer = self.inner.open_writer(key)
+        passed_on = writer.write
+
+        def write(offset: int, data: memoryview, number: int) -> None:
+            self.memory[-1] ^= 1
+            passed_on(offset, data, number)
+
+        writer.write = write  # type: ignore[method-assign]
+        return writer
+
+
+def test_tensors_that_change_while_they_are_saved_are_not_published(server: Service) -> None:
+    data = bytearray(2 * PART)
+    backend = _Restless(server.backend(), data)
+    with store_on(backend) as store:
+        with pytest.raises(DamagedFile, match="changed in memory"), store.transaction() as tx, tx.open("state.pt") as file:
+            file.write(data)
+        assert store.checkpoints() == []
+    assert keys(backend, "data/") == []
 
 
 @pytest.mark.parametrize("which", ["server", "simple_server"])

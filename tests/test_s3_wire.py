@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 import pytest
 from botocore.exceptions import ClientError
-from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, answer, error_inside, lost, stale, unanswered
+from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, Request, answer, error_inside, lost, stale, unanswered
 from s3_rig import PART, Service
 from stores import contents, write
 
@@ -193,3 +196,28 @@ def test_a_service_that_stores_the_framing_of_chunks(proxy: FaultyProxy, server:
     proxy.heal()
     with Store(url, acquire=False) as store, pytest.warns(FallbackWarning, match="record 1 is damaged"):
         assert store.names() == {}
+
+
+@pytest.mark.parametrize("configured", [False, True], ids=["by default", "configured"])
+def test_all_is_signed_but_the_bytes_of_parts(
+    proxy: FaultyProxy, server: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configured: bool
+) -> None:
+    """Over plain http. The checksum by which the service judges those is signed, so that only one who can forge it can change them."""
+    if configured:
+        (tmp_path / "config").write_text("[default]\ns3 =\n  payload_signing_enabled = true\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    seen: list[Request] = []
+    proxy.inject(lost, lambda request: seen.append(request) is not None)
+    with Store(through(proxy, server), owner="job") as store:
+        write(store, files={"big": bytes(2 * PART), "small": b"x"})
+    parts = 0
+    for request in seen:
+        headers = {name.lower(): value for name, value in request.headers}
+        part = "partNumber=" in request.path
+        parts += part
+        whole = hashlib.sha256(request.body).hexdigest()
+        assert headers["x-amz-content-sha256"] == ("UNSIGNED-PAYLOAD" if part and not configured else whole), request
+        (signed,) = re.findall("SignedHeaders=([^,]*)", headers["authorization"])
+        assert {name for name in headers if name.startswith("x-amz-")} <= set(signed.split(";"))
+        assert not part or "x-amz-checksum-crc64nvme" in headers
+    assert parts == 2
