@@ -6,7 +6,6 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -19,7 +18,7 @@ from .manifest import MANIFEST_LIMIT, Manifest, decode
 from .naming import MANIFEST, data_key, id_of_key
 from .protocol import Backend
 from .record import Entry, Record
-from .transfer import Workers
+from .workers import Job, Workers
 
 __all__ = ["Engine"]
 
@@ -37,7 +36,7 @@ class Engine:
         self.deleted: set[str] = set()
         """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
         self._lock = threading.Lock()
-        self._deletions: list[Future[None]] = []
+        self._deletions: list[Job[None]] = []
         self._pid = os.getpid()  # of the process that began them
         self._keys: dict[str, list[str]] = {}
         self._warned: set[str] = set()
@@ -146,7 +145,8 @@ class Engine:
         with self._lock:
             self._forget_parents()
             deletions, self._deletions = self._deletions, []
-        wait(deletions)  # what failed, for whatever reason, is still on the record
+        for deletion in deletions:
+            deletion.wait()  # what failed, for whatever reason, is still on the record
 
     def _forget_parents(self) -> None:
         if self._pid != os.getpid():  # a fork has our lists, but not the threads: what they were given never ends here

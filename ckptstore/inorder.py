@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from .errors import BackendError
+from .workers import Bell
 
 __all__ = ["InOrder"]
 
@@ -19,8 +20,9 @@ class InOrder:
 
     def __init__(self, send: Callable[[memoryview], None]) -> None:
         self._send = send
-        self._sending = False
-        self._changed = threading.Condition()
+        self._sending: object = None
+        self._lock = threading.Lock()
+        self._changed = Bell()
         self._early: dict[int, bytes] = {}
         self.position = 0
         """How many bytes were handed on."""
@@ -28,24 +30,35 @@ class InOrder:
     def write(self, offset: int, data: memoryview) -> None:
         """Hand on `data`, and all that was waiting for it. When `send` raised, the same call may be made again, if `send` can be."""
         data = data.cast("B") if data.nbytes else memoryview(b"")
-        with self._changed:
-            self._changed.wait_for(lambda: not self._sending)
-            if offset > self.position:
-                self._early[offset] = bytes(data)
-                return
-            self._sending = True
+        turn = object()
+
+        def begin() -> bool:
+            with self._lock:
+                if self._sending is None:
+                    if offset > self.position:
+                        self._early[offset] = bytes(data)
+                    else:
+                        self._sending = turn
+                    return True
+            return False
+
         try:
-            if data and offset == self.position:
-                self._send(data)
-                self.position += len(data)
-            while (early := self._early.get(self.position)) is not None:
-                self._send(memoryview(early))
-                del self._early[self.position]
-                self.position += len(early)
+            self._changed.until(begin)
+            if self._sending is turn:
+                self._hand_on(offset, data)
         finally:
-            with self._changed:
-                self._sending = False
-                self._changed.notify_all()
+            if self._sending is turn:
+                self._sending = None
+            self._changed.ring()
+
+    def _hand_on(self, offset: int, data: memoryview) -> None:
+        if data and offset == self.position:
+            self._send(data)
+            self.position += len(data)
+        while (early := self._early.get(self.position)) is not None:
+            self._send(memoryview(early))
+            del self._early[self.position]
+            self.position += len(early)
 
     def close(self) -> None:
         """Make sure that nothing is missing.

@@ -313,6 +313,8 @@ class NewFile:
 
     def withdraw(self) -> bool:
         """Take the final name away again if it is ours; return False if that cannot be done."""
+        if not self.folders.fds:  # closed: an interrupted block may end when it is dropped
+            return True
         try:
             if self.is_same(os.stat(self.name, dir_fd=self.folders.fd, follow_symlinks=False)):
                 os.unlink(self.name, dir_fd=self.folders.fd)

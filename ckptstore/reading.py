@@ -12,7 +12,7 @@ from .checksum import crc64nvme, sha256
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import FileEntry
 from .protocol import Backend, ObjectInfo
-from .transfer import Workers
+from .workers import Workers
 
 __all__ = ["VerifiedFile", "check_size", "damaged_ranges", "read_file"]
 

@@ -13,6 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 
 from .errors import Ambiguous, Throttled, Transient
 from .protocol import Backend, ObjectInfo, PartWriter
+from .workers import Bell
 from .wrapper import Wrapper
 
 __all__ = ["Persistent"]
@@ -31,29 +32,35 @@ class _Gate:
     def __init__(self, most: int) -> None:
         self._most = most
         self._limit = most
-        self._now = 0
+        self._under_way: set[object] = set()
         self._calm = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = Bell()
 
     @contextmanager
     def passed(self) -> Iterator[None]:
         """Wait for a place, and hold it for the length of the block."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._now < self._limit)
-            self._now += 1
+        place = object()
         try:
+            self._changed.until(lambda: self._take(place))
             yield
         except Throttled:
-            with self._changed:
+            with self._lock:
                 self._limit, self._calm = max(1, self._limit // 2), 0
             raise
         finally:
-            with self._changed:
-                self._now -= 1
+            self._under_way.discard(place)  # one step: an interrupt does not keep the place
+            with self._lock:
                 self._calm += 1
                 if self._calm >= _CALM and self._limit < self._most:
                     self._limit, self._calm = self._limit + 1, 0
-                self._changed.notify_all()
+            self._changed.ring()
+
+    def _take(self, place: object) -> bool:
+        with self._lock:
+            if len(self._under_way) < self._limit:
+                self._under_way.add(place)
+        return place in self._under_way
 
 
 class Persistent(Wrapper):

@@ -2,86 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from itertools import islice
-from typing import Any, TypeVar
-
 from .checksum import combine, crc64nvme, sha256
 from .manifest import CHUNK_LIMIT, FileEntry
 from .protocol import Capabilities, PartWriter
+from .workers import Job, Workers, drain
 
-__all__ = ["FileSink", "Workers", "drain"]
+__all__ = ["FileSink"]
 
-_R = TypeVar("_R")
 _Sums = tuple[int, str]  # the CRC of a chunk, and its SHA-256 or nothing
-
-
-class Workers:
-    """A few threads for one store, started when first needed and again after a fork."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-        self._pid = 0
-
-    def submit(self, call: Callable[..., _R], *args: Any) -> Future[_R]:
-        """Run ``call(*args)`` on one of the threads."""
-        with self._lock:
-            if self._pool is None or self._pid != os.getpid():
-                self._pool, self._pid = ThreadPoolExecutor(self.count, "ckptstore"), os.getpid()
-            with suppress(RuntimeError):  # no thread can be had: at the interpreter's exit, or at a limit of processes
-                return self._pool.submit(call, *args)
-        done: Future[_R] = Future()
-        try:
-            done.set_result(call(*args))
-        except Exception as exc:
-            done.set_exception(exc)
-        return done
-
-    @property
-    def alive(self) -> bool:
-        """Whether threads were started in this process; after a fork there are none, and what they were given never ends."""
-        return self._pool is not None and self._pid == os.getpid()
-
-    def map(self, call: Callable[[Any], _R], items: Iterable[Any]) -> Iterator[_R]:
-        """Yield ``call(item)`` in order, running a bounded number ahead. Everything begun has ended when this is closed or raises."""
-        items = iter(items)
-        ahead = [self.submit(call, item) for item in islice(items, 2 * self.count)]
-        try:
-            while ahead:
-                result = ahead[0].result()
-                del ahead[0]
-                ahead += [self.submit(call, item) for item in islice(items, 1)]
-                yield result
-        finally:
-            drain(ahead)
-
-    def close(self) -> None:
-        """End the threads. Idempotent."""
-        with self._lock:
-            pool, self._pool = self._pool if self.alive else None, None
-        if pool is not None:
-            pool.shutdown()  # not under the lock, which the work that it waits for may want
-
-
-def drain(futures: Iterable[Future[Any]]) -> None:
-    """Wait until no future runs any more, whatever interrupts us: they hold views of memory that goes away with the caller."""
-    pending = list(futures)
-    for future in pending:
-        future.cancel()
-    interrupt: BaseException | None = None
-    while not all(f.done() for f in pending):
-        try:
-            wait(pending)
-        except BaseException as exc:  # a second Ctrl-C must not free the memory under a running thread
-            interrupt = exc
-    if interrupt is not None:
-        raise interrupt
 
 
 class FileSink:
@@ -101,8 +29,8 @@ class FileSink:
         self._storage = storage
         self._buffer = bytearray()
         self._offset = 0  # bytes handed on, without the buffer
-        self._chunks: list[tuple[int, Future[_Sums] | _Sums]] = []
-        self._running: list[Future[_Sums]] = []
+        self._chunks: list[tuple[int, Job[_Sums] | _Sums]] = []
+        self._running: list[Job[_Sums]] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take all of `data`. Raises what the storage raised, now or for earlier data."""
@@ -111,7 +39,11 @@ class FileSink:
             return 0
         view = view.cast("B")
         if len(view) >= self._part() // 2:
-            self._write_large(view)
+            try:
+                self._write_large(view)
+            except BaseException:
+                drain(self._running)  # the caller's memory
+                raise
         else:
             self._buffer += view
             if len(self._buffer) >= self._part():
@@ -171,25 +103,23 @@ class FileSink:
                 self._settle(self._running[:1])
             self._send(memoryview(full))
 
-    def _send(self, piece: memoryview) -> Future[_Sums]:
-        future = self._workers.submit(self._store, self._offset, piece, len(self._chunks))
-        self._chunks.append((len(piece), future))
-        self._running.append(future)
+    def _send(self, piece: memoryview) -> Job[_Sums]:
+        job = self._workers.begin(self._running, self._store, self._offset, piece, len(self._chunks))
+        self._chunks.append((len(piece), job))
         self._offset += len(piece)
-        return future
+        return job
 
     def _store(self, offset: int, piece: memoryview, number: int) -> _Sums:
         sums = crc64nvme(piece), sha256(piece) if self._authentic else ""
         self.writer.write(offset, piece, number)
         return sums
 
-    def _settle(self, futures: list[Future[_Sums]]) -> None:
+    def _settle(self, jobs: list[Job[_Sums]]) -> None:
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            unfinished = [f for f in futures if not f.done()]
-            drain(unfinished)
-        for future in futures:
-            future.result()
-        settled = set(futures)
-        self._running = [f for f in self._running if f not in settled]
+            for job in jobs:
+                job.result()
+        except BaseException:
+            drain(jobs)
+            raise
+        settled = set(jobs)
+        self._running = [j for j in self._running if j not in settled]

@@ -39,6 +39,13 @@ def mounted(place: Path, kind: str, options: str, device: str = "none") -> Itera
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where a flush costs nothing."""
+    with mounted(tmp_path / "ram", "tmpfs", "size=1g"):
+        yield tmp_path / "ram"
+
+
 @contextmanager
 def rig_running(kind: str, command: Sequence[str], folder: Path) -> Iterator[None]:
     """Run a script that mounts file systems below `folder` for the length of the block; it says "ready", and ends with its input."""

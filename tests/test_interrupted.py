@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import evidence
 import pytest
+import rivals
 from procs import Channel, Nursery, litter, nursery
 from stores import contents, write
 from test_kill import Ledger, announced, save_parts
@@ -23,6 +28,8 @@ from ckptstore import Store
 from ckptstore.transfer import FileSink
 
 _LARGE = bytes(9 << 20)
+_PATIENCE = 60.0
+"""Seconds after which a thread that says nothing is taken to hang."""
 
 
 class Interrupt(BaseException):
@@ -63,8 +70,7 @@ def interrupted(channel: Channel, url: str, seed: int) -> None:
     store.close()
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("times", [1000])
+@pytest.mark.parametrize("times", [pytest.param(30, id="sampled"), pytest.param(1000, id="full", marks=pytest.mark.soak)])
 def test_signals_that_raise_at_random_moments(tmp_path: Path, saving: Nursery, times: int) -> None:
     rng = random.Random(20261124)
     url = str(tmp_path / "store")
@@ -87,6 +93,144 @@ def test_signals_that_raise_at_random_moments(tmp_path: Path, saving: Nursery, t
             assert not litter(store)
     evidence.record("signals at random moments of a save", points=times, fired=stopped, violations=0)
     assert stopped == times
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the `at`-th moment of this thread at which Python would run the handler of a signal: as a function of
+    Python's begins, and when one of C's is over, whose result is lost then."""
+
+    def __init__(self, at: int) -> None:
+        self.fired = False
+        self._left = at
+
+    def __call__(self, frame: Any, event: str, function: Any) -> None:
+        if event in ("call", "c_return"):
+            self._left -= 1
+            if not self._left:
+                self.fired = True
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+
+def save_large(store: Store, step: int) -> str:
+    """Through the threads."""
+    files = {"big": _LARGE, "small": b"%d" % step}
+    return write(store, step=step, files=files)
+
+
+LIFE: dict[str, Callable[[Store, int], object]] = {
+    "save": lambda store, step: save_parts(store, "latest", step),
+    "save large": save_large,
+    "acquire": lambda store, step: store.acquire(),
+    "tag": lambda store, step: store.tag("best", "latest"),
+    "gc": lambda store, step: store.gc(),
+}
+
+
+def interrupt(at: int, change: Callable[[], object], then: Callable[[], object]) -> tuple[bool, BaseException | None]:
+    """Make a change with an interrupt at the `at`-th moment, and then what must work all the same; return whether it came, and the error.
+
+    In a thread of its own, so that one that waits for ever is found.
+    """
+    at_moment = InterruptAt(at)
+    told: list[BaseException | None] = []
+
+    def work() -> None:
+        sys.setprofile(at_moment)
+        try:
+            change()
+            sys.setprofile(None)
+            told.append(None)
+        except BaseException as exc:
+            told.append(exc)
+        try:
+            then()
+            told.append(None)
+        except BaseException as exc:
+            told.append(exc)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    assert len(told) == 2, f"it waits for ever, after an interrupt at moment {at}: {told}"
+    if told[1] is not None:
+        raise told[1]
+    return at_moment.fired, told[0]
+
+
+@pytest.fixture
+def fast(ram: Path) -> Iterator[Path]:
+    """A folder in memory; what an interrupt kept from being closed, closes with the process otherwise."""
+    yield ram
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"{ram}/"):
+                os.close(int(fd))
+
+
+unraisable = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Some interrupts come where Python can only say so, in a destructor for one."""
+
+
+@unraisable
+@pytest.mark.parametrize("stride", [pytest.param(11, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("what", LIFE)
+def test_an_interrupt_at_every_moment(fast: Path, what: str, stride: int) -> None:
+    """Nothing acknowledged is lost, the same store goes on, and nobody waits for ever."""
+    place = fast / "store"
+    with Store(place, owner="first") as store:
+        save_parts(store, "latest", 0)
+    store = Store(place, owner="job", keep_last=1)
+    points = 0
+    for step in itertools.count(1):
+        before = store.names()
+        if what == "acquire":
+            store.close()
+            place = shutil.copytree(fast / "store", fast / str(step))
+            store = Store(place, owner="job")
+        change = partial(LIFE[what], store, step)
+        fired, error = interrupt(1 + points * stride, change, partial(save_parts, store, "next", step))
+        assert error is None or (fired and isinstance(error, KeyboardInterrupt)), repr(error)
+        with Store(place, acquire=False) as found:
+            assert found.verify() == []
+            names = found.names()
+            assert found.checkpoint("next").step == step
+            for name, there in before.items():
+                if names[name] != there and name != "next":
+                    assert name == ("best" if what == "tag" else "latest")
+                    assert found.checkpoint(name).step == (store.checkpoint("latest").step if what == "tag" else step)
+        if not fired:
+            break
+        points += 1
+    store.close()
+    with Store(place, owner="last") as store:
+        store.acquire()
+        store.gc()
+        assert not litter(store)
+    evidence.record("an interrupt at every moment", points=points, fired=points, violations=0)
+    assert points > 200 / stride
+
+
+@unraisable
+@pytest.mark.soak
+@pytest.mark.parametrize("name", rivals.RIVALS)
+def test_an_interrupt_at_many_moments_of_others(fast: Path, name: str) -> None:
+    """Only counted."""
+    rival = rivals.RIVALS[name]
+    rivals.warm_up()
+    points = violations = 0
+    for n in range(400):
+        folder = fast / str(n)
+        folder.mkdir()
+        rival.save(folder, 1)
+        fired, error = interrupt(1 + 17 * n, partial(rival.save, folder, 2), lambda: None)
+        if not fired:
+            break
+        points += 1
+        violations += rivals.is_violation(rival, folder, 1 if error else 2, 2 if error else None)
+        shutil.rmtree(folder)
+    evidence.record("an interrupt at every moment", points=points, fired=points, violations=violations, subject=name)
+    assert points > 5
 
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), Interrupt(), KeyboardInterrupt(), OSError(5, "not ours")], ids=repr)

@@ -145,13 +145,6 @@ def warm_up() -> None:
         write(store)
 
 
-@pytest.fixture
-def ram(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where a flush costs nothing."""
-    with mounted(tmp_path / "ram", "tmpfs", "size=1g"):
-        yield tmp_path / "ram"
-
-
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Nursery]:
     yield from nursery(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import pickle
 import threading
@@ -17,7 +18,7 @@ from stores import new_memory, state_of, store_on, write
 from ckptstore import Store
 from ckptstore.errors import BackendError, CommitUnknown, DamagedManifest, FallbackWarning, InvalidName, Transient, Unreadable
 from ckptstore.testing import Fault, FaultyBackend
-from ckptstore.transfer import Workers
+from ckptstore.workers import Job, Workers
 from ckptstore.wrapper import Wrapper
 
 
@@ -108,11 +109,14 @@ def test_a_fork_does_not_wait_for_its_parents_deletions(tmp_path: Path) -> None:
     assert Store(tmp_path).load() == {"x": 3}
 
 
-def test_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def submit(*args: Any) -> Any:
+@pytest.mark.parametrize(
+    ("owner", "function"), [(threading.Thread, "start"), (_thread, "start_new_thread")], ids=["first", "any"]
+)
+def test_no_thread_can_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: Any, function: str) -> None:
+    def start(*args: Any) -> Any:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    monkeypatch.setattr(owner, function, start)
     store = Store(tmp_path, keep_last=1)
     for i in range(3):
         write(store, files={f"{n}.bin": bytes([i]) * 100_000 for n in range(5)})
@@ -131,19 +135,17 @@ def test_everything_begun_has_ended_when_a_map_is_interrupted(monkeypatch: pytes
         ended.append(i)
 
     results = workers.map(work, range(2))
-    from concurrent.futures import Future
+    real, calls = Job.result, 0
 
-    real, calls = Future.result, 0
-
-    def interrupted(self: Any, timeout: float | None = None) -> Any:
+    def interrupted(self: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             release.set()
             raise KeyboardInterrupt
-        return real(self, timeout)
+        return real(self)
 
-    monkeypatch.setattr(Future, "result", interrupted)
+    monkeypatch.setattr(Job, "result", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(results)
     assert 0 in ended
