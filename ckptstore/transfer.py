@@ -42,7 +42,7 @@ class FileSink:
             try:
                 self._write_large(view)
             except BaseException:
-                drain(self._running)  # the caller's memory
+                drain(self._running, cancel=False)  # they move the caller's memory
                 raise
         else:
             self._buffer += view

@@ -69,9 +69,10 @@ class Job(Generic[_R]):
         return None if isinstance(error, Exception) else error
 
     def result(self) -> _R:
-        """Wait for the call, and return or raise what it did. Not to be asked of what was cancelled."""
+        """Wait for the call, and return or raise what it did. Raises RuntimeError if it was cancelled."""
         self.wait()
-        assert self._outcome is not None
+        if self._outcome is None:
+            raise RuntimeError("what was to be done here was given up when something else had failed")
         result, error = self._outcome
         if error is not None:
             try:
@@ -81,14 +82,18 @@ class Job(Generic[_R]):
         return result  # type: ignore[return-value]
 
 
-def drain(jobs: Iterable[Job[Any]]) -> None:
-    """Wait until no job runs any more, whatever interrupts us: they hold views of memory that goes away with the caller."""
+def drain(jobs: Iterable[Job[Any]], *, cancel: bool = True) -> None:
+    """Wait until no job runs any more, whatever interrupts us: they hold views of memory that goes away with the caller.
+
+    `cancel`: what has not been begun is not begun any more.
+    """
     interrupt: BaseException | None = None
     pending = list(jobs)
     while pending:
         try:
-            for job in pending:
-                job.cancel()
+            if cancel:
+                for job in pending:
+                    job.cancel()
             for job in pending:
                 job.wait()
             break
