@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -119,9 +119,9 @@ class Engine:
 
         What fails stays in the record's `retired` and is tried again after the next commit.
         """
-        known = {e.id: e.verified for e in record.checkpoints}
         for checkpoint_id, verdict in list(self.verdicts.items()):
-            if known.get(checkpoint_id, verdict) == verdict:
+            entry = record.entry(checkpoint_id)
+            if entry is None or entry.verified == verdict:
                 self.verdicts.pop(checkpoint_id, None)  # on the record now; somebody else may judge anew
         ids = set(record.retired)
         with self._lock:
@@ -158,13 +158,16 @@ class Engine:
             gone = set(self.deleted)
         return replace(
             state,
-            checkpoints=tuple(self._judged(e) for e in state.checkpoints),
+            checkpoints=state.checkpoints.put(*self._judged(state)),
             retired=tuple(i for i in state.retired if i not in gone),
         )
 
-    def _judged(self, entry: Entry) -> Entry:
-        verdict = self.verdicts.get(entry.id, entry.verified)
-        return entry if verdict == entry.verified else replace(entry, verified=verdict)
+    def _judged(self, state: Record) -> Iterator[Entry]:
+        """Yield the checkpoints of which something else has been found than `state` says."""
+        for checkpoint_id, verdict in list(self.verdicts.items()):
+            entry = state.entry(checkpoint_id)
+            if entry is not None and entry.verified != verdict:
+                yield replace(entry, verified=verdict)
 
     def close(self) -> None:
         """Release threads and connections. Idempotent."""

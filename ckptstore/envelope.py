@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,10 +18,12 @@ from .checksum import sha256
 from .errors import Damaged, Forged, KeyMismatch, NewerFormat, UsageError
 from .key import HOW, Key
 
-__all__ = ["FORMAT", "JSON", "check_json", "from_number", "seal", "to_number", "to_time", "unseal"]
+__all__ = ["FORMAT", "JSON", "body_of", "check_json", "from_number", "parse", "seal", "to_number", "to_time", "unseal"]
 
-FORMAT = 1
-"""Version of records and manifests that this library writes, and the newest one that it reads."""
+FORMAT = 2
+"""Newest version of records and manifests that this library reads."""
+_OLDEST = 1
+"""What it writes where nothing newer is used, so that older libraries go on reading it."""
 
 _DEEPEST = 100
 """Deeper JSON is not written: how deep the json module can read depends on how deep its caller already is."""
@@ -32,10 +35,21 @@ _HEAD, _MAC, _MIDDLE, _TAIL = b'{"sha256":"', b'","hmac":"', b'","body":', b"}\n
 _DIGITS = 64
 
 
-def seal(body: dict[str, JSON], key: Key | None = None) -> bytes:
-    """Return the bytes of an envelope around `body`, with the current format number added; authenticated if there is a `key`."""
-    text = json.dumps({"format": FORMAT, **body}, separators=(",", ":"), sort_keys=True, allow_nan=False).encode("ascii")
-    return _frame(text, key.sign(text) if key else None)
+def seal(
+    body: dict[str, JSON], key: Key | None = None, *, encoded: Mapping[str, str] | None = None, version: int | None = None
+) -> bytes:
+    """Return the bytes of an envelope around `body`, with the format number added; authenticated if there is a `key`.
+
+    `version` is that number, the oldest if not given. `encoded` has more fields, as JSON by the same rules: compact, ASCII, keys sorted.
+    """
+    fields = {name: _dumps(value) for name, value in {"format": version or _OLDEST, **body}.items()} | dict(encoded or {})
+    text = "{" + ",".join(f"{_dumps(name)}:{fields[name]}" for name in sorted(fields)) + "}"
+    data = text.encode("ascii")
+    return _frame(data, key.sign(data) if key else None)
+
+
+def _dumps(value: JSON) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
 def _frame(body: bytes, mac: bytes | None) -> bytes:
@@ -65,6 +79,21 @@ def unseal(data: bytes, what: str, key: Key | None = None) -> dict[str, JSON]:
         raise Forged(f"{what} is not authentic: it was written without an hmac_key")
     elif not key.signed(body, mac):
         raise Forged(f"{what} is not authentic: it was not written with this hmac_key")
+    return parse(body, what)
+
+
+def body_of(data: bytes) -> bytes:
+    """Return the body of an envelope without HMAC whose bytes are known to be right, because the SHA-256 of them all is."""
+    return data[len(_HEAD) + _DIGITS + len(_MIDDLE) : -len(_TAIL)]
+
+
+def parse(body: bytes, what: str) -> dict[str, JSON]:
+    """Read a body whose bytes have been checked.
+
+    Raises:
+        Damaged: it is no JSON, or has no format number.
+        NewerFormat
+    """
     try:
         value = json.loads(body, parse_constant=_refuse)
     except RecursionError:
@@ -120,6 +149,8 @@ def from_number(value: float) -> float | str:
 
 def to_number(value: JSON) -> float:
     """Undo `from_number`. Raises ValueError for anything else."""
+    if type(value) is float:
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         with suppress(OverflowError):
             return float(value)

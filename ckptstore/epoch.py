@@ -92,7 +92,7 @@ class Writer:
         if head.damaged or not head.slot:
             # A damaged record may have committed a checkpoint, and may have been an acquisition itself: its data is kept, and the
             # epoch skips every one it may have used. Without any record, data of an acquired epoch shows that there were some.
-            known = {e.id for e in state.checkpoints} | set(state.retired) | set(state.spared)
+            known = state.checkpoints.ids() | set(state.retired) | set(state.spared)
             ids = {id_of_key(info.key) for info in self._backend.list(DATA)}
             found = tuple(sorted(i for i in ids if is_id(i) and i not in known and (head.damaged or epoch_of(i) > 0)))
         if head.damaged:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .bases import BASE_ENDS, base_keys, bases_of
 from .errors import DamagedRecord
 from .log import LOG, Head, slot_of
 from .naming import DATA, epoch_of, id_of_key, is_id
@@ -42,7 +43,7 @@ def find_garbage(backend: Backend, head: Head) -> Garbage:
         raise DamagedRecord(
             f"{head.damaged[0]}. Nothing was collected; the next job that resumes or acquires the store passes it over"
         )
-    kept = {e.id for e in state.checkpoints}
+    kept = state.checkpoints.ids()
     retired, spared = set(state.retired), set(state.spared)
     keys: list[str] = []
     ids: dict[str, None] = {}
@@ -62,7 +63,9 @@ def find_garbage(backend: Backend, head: Head) -> Garbage:
 
 
 def unfinished_records(backend: Backend, head: Head) -> list[str]:
-    """List leftovers of writers that died: of records aimed at slots that are taken since, and of hints."""
-    leftovers = (info.key for info in backend.list(LOG) if info.key.endswith(".partial"))
+    """List leftovers in the log of writers that died: of records aimed at slots that are taken since, and of hints; and bases that no
+    record names, or will."""
+    needed = {key for name in bases_of(head.record) for key in base_keys(name)}
+    leftovers = (info.key for info in backend.list(LOG) if info.key.endswith((".partial", *BASE_ENDS)) and info.key not in needed)
     # A live writer that loses its leftover here has lost its slot already, or else fails to leave a hint, which does no harm.
     return [key for key in leftovers if (slot := slot_of(key)) is None or slot <= head.slot]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from .bases import Bases
 from .checksum import sha256
 from .errors import (
     AlreadyExists,
@@ -88,6 +89,7 @@ class Log:
         self._head = Head(0, EMPTY)
         self._sizes: dict[int, tuple[int, str]] = {}  # slot -> (bytes, op) of records committed here and still whole
         self._hint = (0, "")  # as last read: a slot, and the SHA-256 of its record
+        self._bases = Bases(backend)
 
     def head(self) -> Head:
         """Return the newest state.
@@ -117,7 +119,7 @@ class Log:
                 self._decode(self._backend.get(slot_key(n), RECORD_LIMIT), n)
             except (DamagedRecord, NotFound, Unreadable) as exc:
                 found.append(str(exc))
-        return found
+        return found + self._bases.damage(head.record)
 
     def commit(self, change: Callable[[Head], Record | None], op: str, ready: Callable[[], object] | None = None) -> Record:
         """Make `change` of the newest state the next record, and return that record.
@@ -139,21 +141,35 @@ class Log:
                 record = replace(draft, n=head.slot + 1, op=op, prev=head.digest)
                 if self._key and record.store is None:
                     record = replace(record, store=new_op())
-                data = encode(record, self._key)
-                if len(data) > RECORD_LIMIT:
-                    raise BackendError(
-                        f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some"
-                    )
-                if self._create(record.n, data, op, ready):
+                record, data = self._encode(record)
+                try:
+                    created = self._create(record.n, data, op, ready)
+                except CommitUnknown:
+                    raise
+                except CkptStoreError:
+                    self._bases.drop(record)
+                    raise
+                if created:
                     self._head = Head(record.n, record, sha256(data))
                     self._sizes[record.n] = (len(data), op)
                     self._tidy(record.n, self._head.digest)
+                    self._bases.tidy(record)
                     return record
+                self._bases.drop(record)
                 head = self.head()
                 if head.slot < record.n:
                     raise CommitUnknown(
                         f"slot {record.n} was taken and then not found; the storage contradicts itself", op, record.n
                     )
+
+    def _encode(self, record: Record) -> tuple[Record, bytes]:
+        data = encode(record, self._key)
+        based = self._bases.make(record, len(data))
+        if based is not record:
+            record, data = based, encode(based, self._key)
+        if len(data) > RECORD_LIMIT:
+            raise BackendError(f"the store keeps too many checkpoints: its record has {len(data)} bytes; prune or delete some")
+        return record, data
 
     def took_effect(self, op: str, slot: int) -> bool | None:
         """Say whether operation `op` took slot `slot`: None while the slot is free, so that it still may.
@@ -287,6 +303,7 @@ class Log:
             if not known and not self._belongs(record):
                 damaged.append(f"commit record {n} does not continue commit record {n - 1}: it was put there from another store")
                 continue
+            record = self._bases.attach(record, self._head.record)
             return Head(slot, record, digest, tuple(damaged))
         if forged:
             raise KeyMismatch(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import TypeVar
 
 from .checkpoint import Checkpoint
@@ -79,7 +80,7 @@ def first_whole(engine: Engine, target: str | None, step: int | None, read: Call
         wanted = find(url, state, target, step)
         by_name = step is None and wanted.id != target
         damage: Damaged | None = None
-        for entry in [wanted, *(_older(state, wanted, target or "latest") if by_name else [])]:
+        for entry in chain([wanted], _older(state, wanted, target or "latest") if by_name else ()):
             if damage is not None:
                 warnings.warn(f"{url}: {damage}; falling back to {entry.id} (step {entry.step})", FallbackWarning, stacklevel=4)
             checkpoint = Checkpoint(engine, entry)
@@ -101,6 +102,6 @@ def first_whole(engine: Engine, target: str | None, step: int | None, read: Call
             raise damage
 
 
-def _older(state: Record, wanted: Entry, name: str) -> list[Entry]:
+def _older(state: Record, wanted: Entry, name: str) -> Iterator[Entry]:
     before = state.checkpoints[: state.checkpoints.index(wanted)]
-    return [e for e in reversed(before) if e.name == name]
+    yield from (e for e in reversed(before) if e.name == name)

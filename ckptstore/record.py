@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .envelope import JSON, from_number, seal, to_number, to_time, unseal
-from .errors import Damaged, DamagedRecord, InvalidName
+from .entries import BASE_FORMAT, Base, Entries, Entry, check_base, check_count, check_digest, check_id, check_text, decode_entry
+from .envelope import JSON, seal, unseal
+from .errors import Damaged, DamagedRecord
 from .key import Key
-from .naming import check_name, check_step, is_id
+from .naming import check_name
 
 __all__ = ["EMPTY", "RECORD_LIMIT", "Entry", "Record", "Tombstone", "decode", "encode", "encode_tombstone"]
 
 RECORD_LIMIT = 256 << 20
 """Records larger than this many bytes are refused: about a million checkpoints."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One committed checkpoint, as records know it."""
-
-    id: str
-    step: int | None
-    name: str
-    """The name it was saved under; names may have moved on since."""
-    created: float
-    """Seconds since 1970 by the writer's clock; for people, nothing depends on it."""
-    nbytes: int
-    """Bytes of all its files, without the manifest."""
-    manifest: str
-    """SHA-256 of its manifest's bytes."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    verified: bool | None = None
-    """True: read back whole since it was saved. False: last found damaged. None: not read back yet."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +31,8 @@ class Record:
     prev: str | None = None
     """SHA-256 of the bytes of the record before, None for the first."""
     names: Mapping[str, str] = field(default_factory=dict)
-    checkpoints: tuple[Entry, ...] = ()
-    """Oldest commit first."""
+    checkpoints: Entries = field(default_factory=Entries)
+    """Oldest commit first. May be given as any sequence of entries."""
     retired: tuple[str, ...] = ()
     """Ids no longer kept whose data may not have been deleted yet."""
     resumed: str | None = None
@@ -65,16 +44,22 @@ class Record:
     store: str | None = None
     """With a key: what tells this store's records from those that another one has at the same slots. None without a key."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoints, Entries):
+            object.__setattr__(self, "checkpoints", Entries(self.checkpoints))
+
     def entry(self, checkpoint_id: str) -> Entry | None:
         """Return the entry with this id, if it is kept."""
-        return next((e for e in self.checkpoints if e.id == checkpoint_id), None)
+        return self.checkpoints.get(checkpoint_id)
 
     def without(self, ids: set[str]) -> Record:
         """Return this state with the checkpoints `ids`, and the names that point to them, retired."""
+        if not ids:
+            return self
         gone = tuple(e.id for e in self.checkpoints if e.id in ids)
         return replace(
             self,
-            checkpoints=tuple(e for e in self.checkpoints if e.id not in ids),
+            checkpoints=self.checkpoints.without(ids),
             names={name: i for name, i in self.names.items() if i not in ids},
             retired=self.retired + gone,
             resumed=None if self.resumed in ids else self.resumed,
@@ -95,7 +80,9 @@ class Tombstone:
 
 
 def encode(record: Record, key: Key | None = None) -> bytes:
-    """Return the bytes of `record`."""
+    """Return the bytes of `record`. What a name points to is listed in it, so that whoever loads it needs no base."""
+    entries = record.checkpoints
+    listed = entries.listed([*record.names.values(), *([record.resumed] if record.resumed else [])] if entries.base else ())
     return seal(
         {
             "kind": "record",
@@ -105,32 +92,28 @@ def encode(record: Record, key: Key | None = None) -> bytes:
             "op": record.op,
             "prev": record.prev,
             "names": dict(record.names),
-            "checkpoints": [_encode_entry(e) for e in record.checkpoints],
             "retired": list(record.retired),
             "resumed": record.resumed,
             "spared": list(record.spared),
             "past_owners": list(record.past_owners),
             **_store_field(record.store),
+            **_base_field(entries),
         },
         key,
+        encoded={"checkpoints": f"[{','.join(e.json for e in listed)}]"},
+        version=BASE_FORMAT if entries.base else None,
     )
+
+
+def _base_field(entries: Entries) -> dict[str, JSON]:
+    base = entries.base
+    if base is None:
+        return {}
+    return {"base": {"name": base.name, "sha256": base.digest, "before": base.before, "without": sorted(entries.gone)}}
 
 
 def _store_field(store: str | None) -> dict[str, JSON]:
     return {} if store is None else {"store": store}
-
-
-def _encode_entry(entry: Entry) -> JSON:
-    return {
-        "id": entry.id,
-        "step": entry.step,
-        "name": entry.name,
-        "created": entry.created,
-        "nbytes": entry.nbytes,
-        "manifest": entry.manifest,
-        "metrics": {k: from_number(v) for k, v in entry.metrics.items()},
-        "verified": entry.verified,
-    }
 
 
 def encode_tombstone(n: int, op: str, store: str | None = None, key: Key | None = None) -> bytes:
@@ -151,7 +134,7 @@ def decode(data: bytes, n: int, key: Key | None = None) -> Record | Tombstone:
         if body.get("n") != n:
             raise ValueError("it belongs to another slot")
         if body.get("kind") == "tombstone":
-            return Tombstone(n, _text(body["op"]), _store(body))
+            return Tombstone(n, check_text(body["op"]), _store(body))
         if body.get("kind") != "record":
             raise ValueError("it is neither record nor tombstone")
         return _decode_record(body)
@@ -164,72 +147,44 @@ def decode(data: bytes, n: int, key: Key | None = None) -> Record | Tombstone:
 
 
 def _decode_record(body: dict[str, JSON]) -> Record:
+    listed = [decode_entry(e) for e in _list(body["checkpoints"])]
     record = Record(
-        n=_count(body["n"]),
-        epoch=_count(body["epoch"]),
-        owner=_text(body["owner"]),
-        op=_text(body["op"]),
-        prev=None if body["prev"] is None else _digest(body["prev"]),
-        names={check_name(k): _id(v) for k, v in body["names"].items()},
-        checkpoints=tuple(_decode_entry(e) for e in _list(body["checkpoints"])),
-        retired=tuple(_id(i) for i in _list(body["retired"])),
-        resumed=None if body["resumed"] is None else _id(body["resumed"]),
-        spared=tuple(_id(i) for i in _list(body["spared"])),
-        past_owners=tuple(_text(o) for o in _list(body["past_owners"])),
+        n=check_count(body["n"]),
+        epoch=check_count(body["epoch"]),
+        owner=check_text(body["owner"]),
+        op=check_text(body["op"]),
+        prev=None if body["prev"] is None else check_digest(body["prev"]),
+        names={check_name(k): check_id(v) for k, v in body["names"].items()},
+        checkpoints=_entries(listed, body),
+        retired=tuple(check_id(i) for i in _list(body["retired"])),
+        resumed=None if body["resumed"] is None else check_id(body["resumed"]),
+        spared=tuple(check_id(i) for i in _list(body["spared"])),
+        past_owners=tuple(check_text(o) for o in _list(body["past_owners"])),
         store=_store(body),
     )
-    ids = {e.id for e in record.checkpoints}
-    if len(ids) != len(record.checkpoints):
+    ids = record.checkpoints.own.keys()
+    if len(ids) != len(listed):
         raise ValueError("a checkpoint is listed twice")
-    if not ids.issuperset(record.names.values()):
+    if not ids >= {*record.names.values()}:
         raise ValueError("a name points to a checkpoint that is not listed")
-    if not ids.isdisjoint(record.retired):
+    if not ids.isdisjoint(record.retired) or not ids.isdisjoint(record.checkpoints.gone):
         raise ValueError("a checkpoint is both kept and retired")
     return record
 
 
-def _decode_entry(item: JSON) -> Entry:
-    verified = item["verified"]
-    if verified is not None and not isinstance(verified, bool):
-        raise ValueError("verified is neither true, false nor null")
-    return Entry(
-        id=_id(item["id"]),
-        step=check_step(item["step"]),
-        name=check_name(item["name"]),
-        created=to_time(item["created"]),
-        nbytes=_count(item["nbytes"]),
-        manifest=_digest(item["manifest"]),
-        metrics={_text(k): to_number(v) for k, v in item["metrics"].items()},
-        verified=verified,
-    )
-
-
-def _count(value: JSON) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError("a number is out of range")
-    return value
-
-
-def _text(value: JSON) -> str:
-    if not isinstance(value, str) or len(value) > 1024:
-        raise ValueError("a text is missing or too long")
-    return value
+def _entries(listed: list[Entry], body: dict[str, JSON]) -> Entries:
+    if body.get("base") is None:
+        return Entries(listed)
+    found = body["base"]
+    before = found["before"]
+    base = Base(check_base(found["name"]), check_digest(found["sha256"]), None if before is None else check_base(before))
+    if base.slot > body["n"]:
+        raise ValueError("its base is newer than it is")
+    return Entries(listed, base, frozenset(check_id(i) for i in _list(found["without"])))
 
 
 def _store(body: dict[str, JSON]) -> str | None:
-    return _text(body["store"]) if "store" in body else None
-
-
-def _digest(value: JSON) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError("a SHA-256 is malformed")
-    return value
-
-
-def _id(value: JSON) -> str:
-    if not isinstance(value, str) or not is_id(value):
-        raise InvalidName("a checkpoint id is malformed")
-    return value
+    return check_text(body["store"]) if "store" in body else None
 
 
 def _list(value: JSON) -> list[JSON]:

@@ -198,7 +198,7 @@ class Store:
             state = self._engine.write_down(state)
             if rescued is not None and rescued.id in state.spared:
                 spared = tuple(i for i in state.spared if i != rescued.id)
-                state = replace(state, checkpoints=(*state.checkpoints, rescued), spared=spared)
+                state = replace(state, checkpoints=state.checkpoints.put(rescued), spared=spared)
             entry = find(self.url, state, wanted)
             return replace(state, names={**state.names, name: entry.id})
 

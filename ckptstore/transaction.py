@@ -346,10 +346,10 @@ class Transaction:
 
         def publish(state: Record) -> Record:
             state = self._engine.write_down(state)
-            state = replace(state, checkpoints=(*state.checkpoints, entry), names={**state.names, entry.name: entry.id})
+            state = replace(state, checkpoints=state.checkpoints.put(entry), names={**state.names, entry.name: entry.id})
             gone = expired(state, self._retention)
             if self._writer.cooperates:  # beside the job that owns the store: its rules are not for that job's checkpoints
-                gone = {e.id for e in state.checkpoints if e.id in gone and e.name == entry.name}
+                gone = {i for i in gone if (e := state.entry(i)) and e.name == entry.name}
             return state.without(gone)
 
         keys = [data_key(self.id, f.key) for f in manifest.files] + [data_key(self.id, MANIFEST)]

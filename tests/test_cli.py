@@ -612,7 +612,7 @@ class TestStatusAndStreams:
 
     def test_a_newer_format(self, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as newer:
-            newer.setattr(envelope, "FORMAT", envelope.FORMAT + 1)
+            newer.setattr(envelope, "_OLDEST", envelope.FORMAT + 1)
             save(Store(tmp_path), 1)
         status, _, err = run("ls", str(tmp_path))
         assert status == 3

@@ -16,7 +16,7 @@ from stores import tree, write
 from ckptstore import Store, manifest, record
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.checksum import ALGORITHM, sha256
-from ckptstore.envelope import seal
+from ckptstore.envelope import FORMAT, seal
 from ckptstore.errors import CkptStoreError, DamagedFile, DamagedManifest, DamagedRecord, FallbackWarning, NewerFormat
 from ckptstore.key import Key
 from ckptstore.log import slot_key
@@ -311,7 +311,7 @@ def test_a_tombstone_with_nothing_above_it(root: Path) -> None:
 
 
 def test_a_record_of_a_newer_format_stops_everything(root: Path) -> None:
-    body = {**newest(root), "format": 2, "surprise": {}}
+    body = {**newest(root), "format": FORMAT + 1, "surprise": {}}
     text = json.dumps(body).encode()
     (root / slot_key(3)).write_bytes(sealed(text))
     before = tree(root)
@@ -351,7 +351,7 @@ def forge_manifest(root: Path, checkpoint_id: str, forge: Callable[[dict[str, An
 
 def test_a_manifest_of_a_newer_format_is_told(root: Path) -> None:
     latest = Store(root).checkpoint("latest")
-    forge_manifest(root, latest.id, lambda body: body.update(surprise=1), number=2)
+    forge_manifest(root, latest.id, lambda body: body.update(surprise=1), number=FORMAT + 1)
     before = tree(root)
     calls: list[Callable[[Store], object]] = [
         lambda s: s.load(),

@@ -13,6 +13,7 @@ from stores import new_memory, objects
 
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.checksum import sha256
+from ckptstore.envelope import FORMAT
 from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, CommitUnknown, DamagedRecord, NewerFormat, NotFound
 from ckptstore.log import Head, Log, new_op, slot_key, slot_of
 from ckptstore.record import EMPTY, Entry, Record, Tombstone, decode, encode, encode_tombstone
@@ -433,7 +434,7 @@ def test_a_record_in_another_slot_is_damaged() -> None:
 
 def test_a_newer_format_stops_everything() -> None:
     backend = filled(3)
-    text = encode(record(4))[84:-2].replace(b'"format":1', b'"format":2')
+    text = encode(record(4))[84:-2].replace(b'"format":1', b'"format":%d' % (FORMAT + 1))
     objects(backend)[slot_key(4)] = b'{"sha256":"%s","body":%s}\n' % (sha256(text).encode(), text)
     before = dict(objects(backend))
     for call in (lambda: Log(backend).head(), lambda: Log(backend).commit(grow, new_op())):
@@ -446,7 +447,7 @@ def test_a_log_that_knew_slot_3_meets_a_newer_format_in_slot_4() -> None:
     backend = filled(3)
     log = Log(backend)
     log.head()
-    text = encode(record(4))[84:-2].replace(b'"format":1', b'"format":2')
+    text = encode(record(4))[84:-2].replace(b'"format":1', b'"format":%d' % (FORMAT + 1))
     objects(backend)[slot_key(4)] = b'{"sha256":"%s","body":%s}\n' % (sha256(text).encode(), text)
     with pytest.raises(NewerFormat):
         log.commit(grow, new_op())

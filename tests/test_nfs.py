@@ -26,6 +26,7 @@ def test_two_hosts_on_nfs(tmp_path: Path, version: str) -> None:
         "-m",
         "pytest",
         "-vs",
+        "--color=no",
         "-p",
         "no:cacheprovider",
         "-m",

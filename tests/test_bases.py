@@ -1,0 +1,404 @@
+"""Stores that keep many checkpoints: records stay short, because they share a base, and nothing is lost because of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+from stores import Killed, Mortal, new_memory, objects, state_of, store_on, write
+from test_model import COMMON, NO_LONG_SEARCH, StoreMachine
+
+from ckptstore import Store, bases
+from ckptstore.backends.memory import MemoryBackend
+from ckptstore.bases import BASE_ENDS, Bases
+from ckptstore.checksum import sha256
+from ckptstore.entries import Base, Entries, Entry
+from ckptstore.envelope import seal
+from ckptstore.errors import BackendError, CheckpointNotFound, DamagedRecord, FallbackWarning, KeyMismatch, StorageFull
+from ckptstore.log import Log, slot_key
+from ckptstore.record import EMPTY, RECORD_LIMIT, Record, decode, encode
+from ckptstore.testing import Fault, FaultyBackend
+
+EVERY = 16
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base with every sixteenth commit, however short the record is."""
+    monkeypatch.setattr(bases, "_ABOVE", 0)
+    monkeypatch.setattr(bases, "_SHARE", 1 << 40)
+
+
+def base_objects(backend: MemoryBackend) -> list[str]:
+    return sorted(key for key in objects(backend) if key.endswith(BASE_ENDS))
+
+
+def keep_all(backend: object, owner: str = "me", **options: object) -> Store:
+    return store_on(backend, keep_last="all", owner=owner, **options)  # type: ignore[arg-type]
+
+
+def filled(commits: int) -> tuple[MemoryBackend, list[str]]:
+    """Return storage with so many commits, the first of which acquired it, and the ids that the others saved."""
+    backend = new_memory()
+    with keep_all(backend) as store:
+        return backend, [write(store, step=step) for step in range(1, commits)]
+
+
+# --- in ordinary life
+
+
+def test_records_stay_short_however_many_checkpoints_are_kept() -> None:
+    backend, sizes = new_memory(), []
+    with keep_all(backend) as store:
+        made = []
+        for step in range(700):
+            made.append(write(store, step=step, metrics={"loss": step / 7}))
+            sizes.append(max(len(data) for key, data in objects(backend).items() if slot_key(step + 2) == key))
+            assert len(base_objects(backend)) <= 4
+    whole = len(encode(Record(n=1, epoch=1, owner="me", checkpoints=Entries(state_of(backend).checkpoints))))
+    assert whole > 150_000
+    assert max(sizes) < 24_000
+    with keep_all(backend, owner="another job") as reader:
+        assert [c.id for c in reader] == made
+        assert [c.metrics["loss"] for c in reader] == [step / 7 for step in range(700)]
+        assert reader.checkpoint(made[3]).step == 3
+        assert reader.checkpoint(step=350).id == made[350]
+        reader.acquire()
+        assert reader.verify(made[0]) == []
+        assert reader.gc().ids == ()
+        assert [c.id for c in reader] == made
+
+
+def test_without_many_checkpoints_there_is_no_base_and_no_newer_format() -> None:
+    backend, _ = filled(2 * EVERY + 2)
+    assert base_objects(backend) == []
+    assert b'"format":1' in objects(backend)[slot_key(2 * EVERY)]
+
+
+def test_records_with_a_base_are_of_the_newer_format(early: None) -> None:
+    backend, _ = filled(EVERY + 1)
+    assert [b'"format":2' in objects(backend)[slot_key(n)] for n in (EVERY - 1, EVERY, EVERY + 1)] == [False, True, True]
+    assert b'"format":2' in objects(backend)[base_objects(backend)[0]]
+
+
+def test_loading_by_name_and_saving_read_no_base(early: None) -> None:
+    backend, made = filled(EVERY + 5)
+    for use in (lambda s: s.checkpoint(), lambda s: write(s), lambda s: s.checkpoint(made[-1]), lambda s: "latest" in s):
+        blind = FaultyBackend(backend)
+        inner = blind.get
+
+        def get(key: str, limit: int, inner: Callable[[str, int], bytes] = inner) -> bytes:
+            assert not key.endswith(BASE_ENDS), "a base was read"
+            return inner(key, limit)
+
+        blind.get = get  # type: ignore[method-assign]
+        with store_on(blind, keep_last="all", acquire=False) as store:
+            use(store)
+
+
+def test_what_a_name_points_to_is_in_the_record_however_old_it_is(early: None) -> None:
+    backend, made = filled(EVERY + 2)
+    with keep_all(backend) as store:
+        store.tag("first", made[0])
+        for _ in range(3 * EVERY):
+            write(store)
+    record = decode(objects(backend)[slot_key(state_of(backend).n)], state_of(backend).n)
+    assert isinstance(record, Record)
+    assert made[0] in record.checkpoints.own
+    assert state_of(backend).checkpoints[0].id == made[0], "where it was"
+
+
+def test_what_was_deleted_judged_or_pruned_since_the_base_is(early: None) -> None:
+    backend, made = filled(EVERY + 4)
+    with keep_all(backend) as store:
+        store.delete(made[1])
+        assert store.verify(made[2]) == []
+        store.tag("seen", "latest")
+    with keep_all(backend) as reader:
+        assert [c.id for c in reader] == [made[0], *made[2:]]
+        assert state_of(backend).entry(made[1]) is None
+        assert {e.id for e in state_of(backend).checkpoints if e.verified} == {made[2]}
+        with pytest.raises(CheckpointNotFound):
+            reader.checkpoint(made[1])
+    with store_on(backend, keep_last=1, owner="me") as strict:
+        assert set(strict.prune()) == {made[0], *made[3:-1]}, "the newest that was read back whole stays"
+    assert [e.id for e in state_of(backend).checkpoints] == [made[2], made[-1]]
+
+
+Step = tuple[str, int]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(["save", "judge", "delete", "base", "read"]), st.integers(0, 30)), max_size=40))
+def test_entries_are_as_a_plain_list(steps: list[Step]) -> None:
+    entries, plain = Entries(), list[Entry]()
+    for number, (what, chosen) in enumerate(steps):
+        picked = plain[chosen % len(plain)] if plain else None
+        if what == "save":
+            new = Entry(f"e1-{number:012x}", number, "latest", 1.0, 1, "0" * 64, {"m": float("nan") if chosen % 2 else 0.5})
+            entries, plain = entries.put(new), [*plain, new]
+        elif what == "judge" and picked:
+            judged = Entry(picked.id, picked.step, picked.name, 1.0, 1, "0" * 64, {}, chosen % 2 == 0)
+            entries, plain = entries.put(judged), [judged if e.id == judged.id else e for e in plain]
+        elif what == "delete" and picked:
+            entries, plain = entries.without({picked.id}), [e for e in plain if e.id != picked.id]
+        elif what == "base":
+            base, data = Base.make(f"{number + 1:012d}-0123456789ab", entries)
+            assert sha256(data) == base.digest
+            again = Base(base.name, base.digest, base.before)
+            again.read = lambda data=data: data  # type: ignore[misc]
+            entries = Entries((), again if chosen % 2 else base)
+        elif what == "read":
+            names = {f"name{i}": plain[i].id for i in range(min(chosen, len(plain)))}
+            record = Record(n=number + 50, epoch=1, owner="me", op="x", names=names, checkpoints=entries)
+            found = decode(encode(record), number + 50)
+            assert isinstance(found, Record)
+            assert (found.checkpoints.base is None) == (entries.base is None)
+            entries = found.checkpoints.on(entries.base) if entries.base else found.checkpoints
+        assert [e.json for e in entries] == [e.json for e in plain]
+        assert entries.ids() == {e.id for e in plain}
+        assert (len(entries), bool(entries)) == (len(plain), bool(plain))
+        for entry in plain:
+            found_entry = entries.get(entry.id)
+            assert found_entry is not None
+            assert found_entry.json == entry.json
+        assert entries.get("e1-ffffffffffff") is None
+
+
+def test_a_store_with_bases_does_what_the_model_does(early: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_EVERY", 9)
+    run_state_machine_as_test(
+        StoreMachine, settings=settings(COMMON, max_examples=25, stateful_step_count=50, derandomize=True, phases=NO_LONG_SEARCH)
+    )
+
+
+# --- when a base cannot be made
+
+
+def test_what_the_storage_refuses_is_done_without(early: None) -> None:
+    for nth in (1, 2):
+        backend, made = filled(EVERY - 1)
+        full = FaultyBackend(backend, [Fault("put_if_absent", nth, before=StorageFull("no space for so much"))])
+        with keep_all(full) as store:
+            made.append(write(store))
+        assert full.calls["put_if_absent"] == nth + 1, "it was tried"
+        assert base_objects(backend) == []
+        assert [e.id for e in state_of(backend).checkpoints] == made
+
+
+def test_who_loses_the_race_takes_its_base_away(early: None) -> None:
+    backend, made = filled(EVERY - 1)
+    other = keep_all(backend)
+    late = FaultyBackend(backend, [Fault("put_if_absent", 3, before=lambda: made.append(write(other, "other")))])
+    with keep_all(late) as store:
+        made.append(write(store))
+    assert [e.id for e in state_of(backend).checkpoints] == made
+    record = state_of(backend)
+    assert record.checkpoints.base is not None
+    assert base_objects(backend) == [f"log/{record.checkpoints.base.name}{end}" for end in BASE_ENDS], "that of the other"
+
+
+def test_an_error_that_proves_that_nothing_was_committed_leaves_no_base(early: None) -> None:
+    backend, made = filled(EVERY - 1)
+    broken = FaultyBackend(backend, [Fault("put_if_absent", 3, before=BackendError("no"))])
+    with keep_all(broken) as store, pytest.raises(BackendError, match="no"):
+        write(store)
+    assert base_objects(backend) == []
+    assert [e.id for e in state_of(backend).checkpoints] == made
+
+
+@pytest.mark.parametrize("last_takes_effect", [False, True])
+def test_killed_at_any_call_of_a_save_that_makes_a_base(early: None, last_takes_effect: bool) -> None:
+    outcomes: Counter[bool] = Counter()
+    calls = 0
+    while True:
+        backend, made = filled(3 * EVERY - 1)  # so that one base is there, one is obsolete soon, and one comes
+        mortal = Mortal(backend)
+        mortal.last_takes_effect = last_takes_effect
+        store = keep_all(mortal)
+        store.acquire()
+        mortal.calls_left = calls
+        try:
+            made.append(write(store, step=1000))
+        except Killed:
+            survived = False
+        else:
+            survived = True
+        mortal.calls_left = 0
+        state = state_of(backend)
+        assert [e.id for e in state.checkpoints][: len(made)] == made
+        outcomes[len(state.checkpoints) > 3 * EVERY - 2] += 1
+        with keep_all(backend, owner="next") as following:
+            following.acquire()
+            following.gc()
+            assert len(base_objects(backend)) in (2, 4)
+            needed = {key for name in bases.bases_of(state_of(backend)) for key in bases.base_keys(name)}
+            assert set(base_objects(backend)) <= needed, "no litter"
+            assert following.verify() == []
+            made = [*(e.id for e in state.checkpoints), *(write(following) for _ in range(2 * EVERY))]
+        assert [e.id for e in state_of(backend).checkpoints] == made
+        if survived:
+            break
+        calls += 1
+    assert calls > 8
+    assert outcomes[True] > 1
+    assert outcomes[False] > 5
+
+
+# --- when a base is damaged
+
+
+def harm(backend: MemoryBackend, *keys: str) -> None:
+    for key in keys:
+        data = objects(backend)[key]
+        objects(backend)[key] = data[:100] + bytes([data[100] ^ 1]) + data[101:]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("how", ["flip", "remove"])
+def test_one_copy_is_enough_and_verify_tells_of_the_other(early: None, which: int, how: str) -> None:
+    backend, made = filled(EVERY + 3)
+    key = base_objects(backend)[which]
+    if how == "flip":
+        harm(backend, key)
+    else:
+        del objects(backend)[key]
+    with keep_all(backend) as store:
+        assert [c.id for c in store] == made
+        (damage,) = store.verify()
+        assert key in damage.reason
+        for _ in range(EVERY):
+            made.append(write(store))
+        assert store.verify() == [], "the next base is whole"
+        assert [c.id for c in store] == made
+
+
+def test_without_a_whole_copy_names_are_loaded_and_saves_go_on_and_nothing_is_deleted(early: None) -> None:
+    backend, made = filled(EVERY + 3)
+    harm(backend, *base_objects(backend))
+    before = dict(objects(backend))
+    with store_on(backend, acquire=False, keep_last="all") as store:
+        with store_on(backend, acquire=False, keep_last=1) as strict:
+            asks = [
+                lambda: list(store),
+                lambda: store.checkpoint(made[0]),
+                lambda: store.checkpoint(step=1),
+                store.gc,
+                strict.prune,
+            ]
+            for ask in asks:
+                with pytest.raises(DamagedRecord, match=r"needs its base.*\.base2 is damaged"):
+                    ask()
+        assert dict(objects(backend)) == before
+        assert store.checkpoint().id == made[-1]
+        assert len(store.verify(made[-1])) == 0
+        write(store)
+        assert store.checkpoint(made[-1]).id == made[-1]
+    with keep_all(backend, owner="next") as following:
+        write(following)
+    assert {key for key in before if key.startswith("data/")} <= objects(backend).keys()
+
+
+def test_damaged_records_are_passed_over_also_when_those_before_have_another_base(early: None) -> None:
+    backend, made = filled(2 * EVERY + 3)
+    for n in range(2 * EVERY - 2, 2 * EVERY + 4):
+        harm(backend, slot_key(n))
+    with pytest.warns(FallbackWarning), keep_all(backend) as store:
+        assert [c.id for c in store] == made[: 2 * EVERY - 4]
+    with pytest.warns(FallbackWarning), keep_all(backend, owner="next") as following:
+        following.acquire()
+        made = [*made[: 2 * EVERY - 4], *(write(following) for _ in range(3 * EVERY))]
+        following.gc()
+        assert [c.id for c in following] == made
+        assert following.verify() == []
+        assert len(base_objects(backend)) == 4
+
+
+def test_a_reader_that_looks_when_its_base_is_gone_is_told_so_and_finds_the_new_one(early: None) -> None:
+    backend, made = filled(EVERY + 2)
+    log = Log(backend)
+    state = log.head().record
+    with keep_all(backend) as store:
+        made += [write(store) for _ in range(4 * EVERY)]
+    with pytest.raises(DamagedRecord, match="unless newer ones have come"):
+        list(state.checkpoints)
+    assert [e.id for e in log.head().record.checkpoints] == made
+
+
+def nonsense() -> Iterator[tuple[str, dict[str, object]]]:
+    entry = json.loads(Entry("e1-0123456789ab", 1, "latest", 1.0, 1, "0" * 64).json)
+    name = "000000000001-0123456789ab"
+    yield "belongs to something else", {"kind": "base", "name": "000000000001-ffffffffffff", "checkpoints": []}
+    yield "belongs to something else", {"kind": "record", "name": name, "checkpoints": []}
+    yield "KeyError", {"kind": "base", "name": name}
+    yield "listed twice", {"kind": "base", "name": name, "checkpoints": [entry, entry]}
+    yield "malformed", {"kind": "base", "name": name, "checkpoints": [{**entry, "id": "../x"}]}
+    yield "SHA-256", {"kind": "base", "name": name, "checkpoints": [{**entry, "manifest": 1}]}
+    yield "TypeError", {"kind": "base", "name": name, "checkpoints": 5}
+
+
+@pytest.mark.parametrize(("why", "body"), [*nonsense()])
+def test_a_base_that_says_nonsense(why: str, body: dict[str, object]) -> None:
+    backend = new_memory()
+    data = seal(body)
+    base = Base("000000000001-0123456789ab", sha256(data), None)
+    for end in BASE_ENDS:
+        objects(backend)[f"log/{base.name}{end}"] = data
+    record = Record(n=5, epoch=1, owner="me", checkpoints=Entries((), base))
+    with pytest.raises(DamagedRecord, match=why):
+        list(Bases(backend).attach(record, EMPTY).checkpoints)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "x"},
+        {"name": "000000000009-0123456789ab"},
+        {"name": "000000000001-0123456789ab/../../x"},
+        {"sha256": "0"},
+        {"before": "../x"},
+        {"without": ["x"]},
+        {"without": ["e1-0123456789ab"]},
+    ],
+)
+def test_a_record_that_names_an_impossible_base_is_damaged(change: dict[str, object]) -> None:
+    entry = Entry("e1-0123456789ab", 1, "latest", 1.0, 1, "0" * 64)
+    base = Base("000000000001-0123456789ab", "0" * 64, None)
+    data = encode(Record(n=5, epoch=1, owner="me", op="x", checkpoints=Entries((entry,), base)))
+    assert isinstance(decode(data, 5), Record)
+    body = json.loads(data)["body"]
+    with pytest.raises(DamagedRecord):
+        decode(seal({**body, "base": {**body["base"], **change}}, version=2), 5)
+
+
+def test_with_a_key_a_base_is_authentic_because_the_record_that_names_it_is(early: None, tmp_path: Path) -> None:
+    key = b"correct horse battery staple"
+    with Store(tmp_path, hmac_key=key, keep_last="all", owner="me") as store:
+        made = [write(store) for _ in range(EVERY + 3)]
+    with Store(tmp_path, hmac_key=key) as reader:
+        assert [c.id for c in reader] == made
+        assert reader.verify() == []
+    forged = [path for path in (tmp_path / "log").iterdir() if path.name.endswith(BASE_ENDS)]
+    assert len(forged) == 2
+    for path in forged:
+        text = path.read_bytes()[84:-2].replace(made[0].encode(), b"e1-" + os.urandom(6).hex().encode())
+        path.write_bytes(b'{"sha256":"%s","body":%s}\n' % (sha256(text).encode(), text))
+    with Store(tmp_path, hmac_key=key) as reader, pytest.raises(DamagedRecord):
+        list(reader)
+    with Store(tmp_path) as without, pytest.raises(KeyMismatch):
+        list(without)
+
+
+def test_a_base_larger_than_a_record_may_be_is_refused_by_its_reader(early: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = filled(EVERY + 3)
+    assert RECORD_LIMIT > 1 << 20
+    monkeypatch.setattr(bases, "RECORD_LIMIT", 1000)
+    with keep_all(backend) as reader, pytest.raises(BackendError):
+        list(reader)
