@@ -5,6 +5,7 @@ What torch refuses becomes an error that says what to do; what the sink raises s
 
 from __future__ import annotations
 
+import contextvars
 import io
 import pickle
 import re
@@ -13,14 +14,18 @@ import threading
 import types
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import IO, Any, Protocol, cast
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from . import archive
+from .checksum import crc32
 from .errors import BackendError, NotSerializable, UnsafeContent
 from .picklescan import global_names
 from .unpicklable import check_storage, refusal
+from .zipsums import ZipSums
 
 __all__ = ["Sink", "load", "save"]
 
@@ -51,18 +56,25 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
         BackendError: the sink took fewer bytes than it was given.
         Exception: whatever the sink, or a ``__reduce__`` or ``__getstate__`` inside `obj`, raised.
     """
-    guard = _Guard(sink)
-    recorder = _Recorder(guard)
+    return _save(obj, sink, ZipSums() if _sums_may_be_ours() else None)
+
+
+def _save(obj: Any, sink: Sink, sums: ZipSums | None) -> tuple[str, ...]:
+    guard = _Guard(sink, sums)
+    recorder = _Recorder(guard, get_crc32_options())
     handled = sys.exc_info()[1]
     failure: BaseException | None = None
     outer = getattr(_saving, "recorder", None)  # of a save whose __reduce__ or the like has called us
     _saving.recorder = recorder
     try:
+        if sums:
+            set_crc32_options(False)  # until torch has looked, before it begins to pickle
         torch.save(obj, cast(IO[bytes], guard), pickle_module=_PICKLE_MODULE)
         guard.pass_on()
     except BaseException as exc:
         # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
         failure = guard.error or _interrupt_behind(exc, handled) or exc
+    recorder.reset_crcs()
     _saving.recorder = outer
     unpicklable = failure is recorder.error
     # Cycles of garbage (a class per save, an error that knows its own frame) must not keep tensors until the next collection;
@@ -79,6 +91,31 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
         del failure
 
 
+@cache
+def _sums_may_be_ours() -> bool:
+    """Try out, in memory, whether the archive is the same to the last byte when torch leaves out the CRC-32s and we fill them in.
+
+    And whether leaving them out is this thread's own affair, as since torch 2.12: another thread may be saving without us.
+    """
+    if torch.__version__ < "2.12":
+        return False
+    before = get_crc32_options()
+    elsewhere = contextvars.copy_context()
+    elsewhere.run(set_crc32_options, not before)
+    if get_crc32_options() != before:
+        set_crc32_options(before)
+        return False
+    sample = {"some": torch.ones(3, device="cpu"), "none": torch.ones(0, device="cpu")}
+    theirs, ours = io.BytesIO(), io.BytesIO()
+    elsewhere.run(set_crc32_options, True)
+    elsewhere.run(torch.save, sample, theirs)
+    try:
+        _save(sample, ours, ZipSums())
+    except BackendError:
+        return False
+    return ours.getvalue() == theirs.getvalue()
+
+
 def _interrupt_behind(exc: BaseException | None, handled: BaseException | None) -> BaseException | None:
     """Return the KeyboardInterrupt or the like that `exc` was raised on top of, but not one the caller is handling already."""
     while isinstance(exc, Exception) and exc is not handled:
@@ -93,19 +130,32 @@ class _Guard:
     a few bytes for each small file: they are gathered, for the way down costs more than they do.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, sums: ZipSums | None) -> None:
         self._sink: Sink | None = sink
+        self._sums = sums
         self._gathered = bytearray()
         self.error: BaseException | None = None
         self.shut = False
 
     def write(self, data: memoryview) -> int:
+        sums = self._sums
+        if self.shut or sums is None:
+            self._gather(data)
+        elif sums.record is None:
+            self._gather(sums.frame(data))
+        else:
+            piece, content = sums.content(data)
+            self._gather(piece)
+            if content:
+                sums.add(len(data), crc32(piece, sums.crc))
+        return len(data)
+
+    def _gather(self, data: bytes | memoryview) -> None:
         if len(self._gathered) + len(data) <= _GATHERED:
             self._gathered += data
         else:
             self.pass_on()
-            self._write(data)
-        return len(data)
+            self._write(memoryview(data))
 
     def pass_on(self) -> None:
         """Write what was gathered."""
@@ -135,11 +185,17 @@ class _Guard:
 class _Recorder:
     """Looks at the pickle before torch writes it; what it saw is here afterwards."""
 
-    def __init__(self, guard: _Guard) -> None:
+    def __init__(self, guard: _Guard, crcs: bool) -> None:
         self.guard = guard
+        self._crcs = crcs
         self.error: BaseException | None = None
         self.unsafe: tuple[str, ...] = ()
         self.storages: set[str] = set()
+
+    def reset_crcs(self) -> None:
+        """Let torch compute CRC-32s again, or not, as before this save."""
+        if get_crc32_options() != self._crcs:
+            set_crc32_options(self._crcs)
 
 
 _saving = threading.local()  # .recorder: of the save that this thread is in
@@ -151,6 +207,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, **options: Any) -> None:
         self._file = file
         self._recorder: _Recorder = _saving.recorder
+        self._recorder.reset_crcs()  # torch has looked; what the objects that are pickled now may save is not ours
         super().__init__(file, **options)
 
     def __init_subclass__(cls) -> None:
