@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from .engine import Engine
 from .envelope import JSON
-from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFound
+from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFound, WrongKind
 from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
@@ -26,6 +26,10 @@ STATE_FILE = "state.pt"
 """The file that `Store.save` writes and `Store.load` reads."""
 RNG_FILE = "rng.pt"
 """The file that holds the random generators, saved with ``rng=True``."""
+
+
+_LOADERS = {"torch.distributed.checkpoint": "dcp.load(state, storage_reader=store.dcp_reader(…))"}
+"""What loads a checkpoint that was written by another library, by the name of that."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class Checkpoint:
         """The sampler's ``state_dict`` it was saved with, None if none was given."""
         return self.manifest.sampler
 
+    @property
+    def by(self) -> str:
+        """The library in whose way it was written, such as "torch.distributed.checkpoint"; empty for `Store.save` and transactions."""
+        return self.manifest.writer.get("by", "")
+
     def load(self, file: str = STATE_FILE, *, map_location: Any = None, weights_only: bool = True) -> Any:
         """Read `file`, check every byte, and return what `torch.load` makes of it. Never falls back to another checkpoint.
 
@@ -119,6 +128,7 @@ class Checkpoint:
             Damaged: what is stored is not what was committed; nothing was parsed.
             UnsafeContent: the file asks for more than ``weights_only=True`` allows, or for more memory than it has bytes.
             NotFound: there is no such file in it, or the checkpoint has been pruned.
+            WrongKind: there is not, for it was written by another library.
         """
         from . import torchfile
 
@@ -252,6 +262,10 @@ class Checkpoint:
     def _file(self, file: str) -> FileEntry:
         entry = self.manifest.file(file)
         if entry is None:
+            if self.by in _LOADERS:
+                raise WrongKind(
+                    f"checkpoint {self.id} has no file {file!r:.200}: it was written by {self.by}; {_LOADERS[self.by]} loads it"
+                )
             names = ", ".join(sorted(f.path for f in self.manifest.files)) or "none"
             raise NotFound(f"checkpoint {self.id} has no file {file!r:.200}; it has: {names:.500}")
         return entry

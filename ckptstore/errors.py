@@ -29,6 +29,7 @@ Each one says what to do, and also subclasses the builtin that code which never 
     ├── NewerFormat                           written by a newer ckptstore
     ├── UnsafeContent (ValueError)            refused before a parser could be harmed
     ├── NotSerializable (TypeError)           torch.save cannot write the object
+    ├── WrongKind (TypeError)                 written by another integration than the one that loads it; says what to use
     ├── StateMismatch (ValueError)            the state does not fit the objects it is restored into
     ├── Fenced                                a newer job owns the store; this one must stop
     └── CommitUnknown                         the outcome could not be learnt; carries its op_id
@@ -72,6 +73,7 @@ __all__ = [
     "UnsafeContent",
     "UsageError",
     "WeightsOnlyWarning",
+    "WrongKind",
 ]
 
 
@@ -206,6 +208,10 @@ class UnsafeContent(CkptStoreError, ValueError):
 
 class NotSerializable(CkptStoreError, TypeError):
     """`torch.save` cannot write this object; nothing was published."""
+
+
+class WrongKind(CkptStoreError, TypeError):
+    """The checkpoint was written by another integration than the one that is to load it. Says which, and what loads it."""
 
 
 class StateMismatch(CkptStoreError, ValueError):

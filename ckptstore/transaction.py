@@ -8,7 +8,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,26 +17,20 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import RNG_FILE, STATE_FILE, Checkpoint
-from .checksum import ALGORITHM, sha256
+from .checksum import sha256
 from .engine import Engine
 from .envelope import JSON, check_json
 from .epoch import Writer
-from .errors import CkptStoreError, CommitUnknown, DamagedFile, InvalidName, UsageError, WeightsOnlyWarning
+from .errors import CkptStoreError, CommitUnknown, UsageError, WeightsOnlyWarning
+from .files import Files, TransactionFile
 from .log import new_op
 from .manifest import FileEntry, Manifest, encode
-from .naming import MANIFEST, check_name, check_path, check_step, data_key, file_key, new_id
+from .naming import MANIFEST, check_name, check_step, data_key, new_id
 from .posix import mapped_errors
-from .protocol import PartWriter
 from .record import Entry, Record
 from .retention import Retention, expired
-from .transfer import FileSink
 
 __all__ = ["Draft", "Transaction", "TransactionFile"]
-
-_SMALL = 1 << 20
-"""Bytes. What is not longer in all is made durable together with the record, by one thread: others would take longer to wake up."""
-_OPEN_FILES = 16
-"""Files written but not yet made durable: they are finished together, in parallel, but each holds descriptors until then."""
 
 
 @dataclass(frozen=True)
@@ -74,54 +68,6 @@ class Draft:
         )
 
 
-class TransactionFile:
-    """A file of a transaction, open for writing. Left by an exception, it spoils the whole transaction: half a file is never published."""
-
-    def __init__(self, transaction: Transaction, sink: FileSink) -> None:
-        self._transaction = transaction
-        self._sink = sink
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append `data`; returns its length in bytes."""
-        if self.closed:
-            raise ValueError("write to a closed file")
-        view = memoryview(data)
-        try:
-            return self._sink.write(view)
-        except BaseException:
-            self._transaction._spoil(f"{self._sink.path} could not be written")
-            raise
-
-    def flush(self) -> None:
-        """Do nothing: files become durable, together, when the transaction commits."""
-
-    def close(self) -> None:
-        """Complete the file."""
-        if not self.closed:
-            self.closed = True
-            self._transaction._complete(self._sink)
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-    def __enter__(self) -> TransactionFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.closed = True
-            self._transaction._spoil(f"{self._sink.path} was left by {kind.__name__}")
-
-
 class Transaction:
     """Writes one checkpoint. Use it as a context manager: leaving normally commits, leaving by an exception publishes nothing.
 
@@ -135,16 +81,14 @@ class Transaction:
         self._draft = draft
         self._epoch = 0
         self._state = "new"
-        self._spoilt: str | None = None
-        self._sinks: dict[str, FileSink] = {}  # key -> being written
-        self._written: list[tuple[PartWriter, str]] = []  # complete, not yet durable; with their keys
-        self._files: dict[str, FileEntry] = {}  # by key, complete
-        self._folders: set[str] = set()
+        self._files = Files(engine, "")
         self._unsafe: dict[str, list[str]] = {}
         self._versions = {"ckptstore": __version__, "python": platform.python_version(), "host": _host()}
         self._checkpoint: Checkpoint | None = None
         self.id = ""
         """Id of the checkpoint being written; known inside the block."""
+        self.by = ""
+        """The library in whose way it is written, if that is not `Store.save`'s: named to whoever loads it in another way."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -159,6 +103,7 @@ class Transaction:
         self._engine.settle()
         self._epoch = self._writer.begin()
         self.id = new_id(self._epoch, self._draft.step)
+        self._files = Files(self._engine, self.id)
         self._state = "open"
         return self
 
@@ -235,7 +180,7 @@ class Transaction:
             with mapped_errors("read", root):
                 self._add_tree(root, into)
         except BaseException:
-            self._spoil(f"{root} was added only in part")
+            self._files.spoil(f"{root} was added only in part")
             raise
 
     def _add_tree(self, root: str, into: str) -> None:
@@ -259,65 +204,24 @@ class Transaction:
             raise UsageError("the transaction is not open; use it in a with block")
         if mode != "wb":
             raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
-        key = file_key(check_path(path))
-        above = {key[:i] for i, c in enumerate(key) if c == "/"}
-        if key in self._folders or any(k in self._sinks or k in self._files for k in (key, *above)):
-            raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
-        backend = self._engine.backend
-        writer = backend.open_writer(data_key(self.id, key))
-        sink = FileSink(path, writer, self._engine.workers, backend.capabilities, authentic=self._engine.key is not None)
-        self._sinks[key] = sink
-        self._folders |= above
-        return TransactionFile(self, sink)
+        return self._files.open(path)
 
-    def _complete(self, sink: FileSink) -> None:
-        try:
-            entry = sink.close()
-            self._files[entry.key] = entry
-            del self._sinks[entry.key]
-            self._written.append((sink.writer, entry.key))
-            sink.writer.start_finish()
-            if len(self._written) >= _OPEN_FILES:
-                self._finish_written()
-        except BaseException:
-            self._spoil(f"{sink.path} could not be written")
-            raise
-
-    def _spoil(self, reason: str) -> None:
-        self._spoilt = self._spoilt or reason
-
-    def _finish_written(self) -> None:
-        if self._is_small():
-            checksums: Iterable[str | None] = [writer.finish() for writer, _ in self._written]
-        else:
-            checksums = self._engine.workers.map(lambda item: item[0].finish(), self._written)
-        for (_, key), checksum in zip(self._written, checksums, strict=True):
-            if checksum and key in self._files:
-                entry = self._files[key]
-                if checksum.startswith(f"{ALGORITHM}:") and checksum != entry.checksum:
-                    # What arrived is what was sent: the backend has compared that. It is not what was hashed.
-                    what = f"{entry.path} changed in memory while it was saved, so nothing was published"
-                    raise DamagedFile(f"{what}; let nothing write to tensors during a save", entry.path, [(0, entry.size)])
-                self._files[key] = replace(entry, remote=checksum)
-        self._written.clear()
-
-    def _is_small(self) -> bool:
-        return not self._engine.backend.capabilities.remote and sum(f.size for f in self._files.values()) < _SMALL
+    def adopt(self, entry: FileEntry) -> None:
+        """Take in a file that another process of this save has written, and made durable, below ``data/<id>/``. See `Files.adopt`."""
+        self._files.adopt(entry)
 
     def _write_manifest(self) -> tuple[Manifest, bytes]:
-        if self._spoilt:
-            raise UsageError(f"nothing was published: {self._spoilt}")
-        if self._sinks:
-            names = ", ".join(sink.path for sink in self._sinks.values())
-            raise UsageError(f"nothing was published: still open at the end of the transaction: {names}")
+        self._files.check()
         if self._engine.backend.capabilities.remote:
-            self._finish_written()  # the manifest has the service's checksums
+            self._files.finish()  # the manifest has the service's checksums
+        if self.by:
+            self._versions["by"] = self.by
         manifest = Manifest(
             id=self.id,
             name=self._draft.name,
             step=self._draft.step,
             created=time.time(),
-            files=tuple(self._files.values()),
+            files=self._files.entries,
             metrics=self._draft.metrics,
             metadata=self._draft.metadata,
             sampler=self._draft.sampler,
@@ -325,12 +229,7 @@ class Transaction:
             writer=self._versions,
         )
         data = encode(manifest, self._engine.key)
-        writer = self._engine.backend.open_writer(data_key(self.id, MANIFEST))
-        self._written.append((writer, MANIFEST))
-        writer.write(0, memoryview(data), 0)
-        writer.start_finish()
-        if not self._is_small():
-            self._finish_written()
+        self._files.put_last(MANIFEST, data)
         return manifest, data
 
     def _commit(self, manifest: Manifest, data: bytes) -> None:
@@ -366,13 +265,15 @@ class Transaction:
             self._checkpoint = Checkpoint(self._engine, entry, manifest)
             self._engine.committed(record)
             return
-        if self._written or isinstance(failure, CkptStoreError):  # else, after Ctrl-C for one, it may have been committed
+        if self._files.unfinished or isinstance(
+            failure, CkptStoreError
+        ):  # else, after Ctrl-C for one, it may have been committed
             self._give_up(failure)
         raise failure
 
     def _make_durable(self) -> None:
         try:
-            self._finish_written()
+            self._files.finish()
         except BaseException as exc:
             raise _NotDurable(exc) from exc
 
@@ -383,10 +284,7 @@ class Transaction:
 
     def _discard(self) -> None:
         """Drop everything: it is proven that this id was not and will not be committed. What fails here is collected by a later job."""
-        for sink in self._sinks.values():
-            sink.abort()
-        for writer, _ in self._written:
-            writer.abort()
+        self._files.abort()
         with suppress(CkptStoreError):
             self._engine.delete_data(self.id)
 

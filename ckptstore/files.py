@@ -1,0 +1,183 @@
+"""The files of a checkpoint that is being written, by this process and, in a distributed save, by others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from types import TracebackType
+
+from .checksum import ALGORITHM
+from .engine import Engine
+from .errors import DamagedFile, InvalidName, UsageError
+from .manifest import FileEntry
+from .naming import check_path, data_key, file_key
+from .protocol import PartWriter
+from .transfer import FileSink
+
+__all__ = ["Files", "TransactionFile"]
+
+_SMALL = 1 << 20
+"""Bytes. What is not longer in all is made durable together with the record, by one thread: others would take longer to wake up."""
+_OPEN_FILES = 16
+"""Files written but not yet made durable: they are finished together, in parallel, but each holds descriptors until then."""
+
+
+class TransactionFile:
+    """A file of a transaction, open for writing. Left by an exception, it spoils the whole transaction: half a file is never published."""
+
+    def __init__(self, files: Files, sink: FileSink) -> None:
+        self._files = files
+        self._sink = sink
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append `data`; returns its length in bytes."""
+        if self.closed:
+            raise ValueError("write to a closed file")
+        view = memoryview(data)
+        try:
+            return self._sink.write(view)
+        except BaseException:
+            self._files.spoil(f"{self._sink.path} could not be written")
+            raise
+
+    def flush(self) -> None:
+        """Do nothing: files become durable, together, when the transaction commits."""
+
+    def close(self) -> None:
+        """Complete the file."""
+        if not self.closed:
+            self.closed = True
+            self._files._complete(self._sink)
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def __enter__(self) -> TransactionFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.closed = True
+            self._files.spoil(f"{self._sink.path} was left by {kind.__name__}")
+
+
+class Files:
+    """The files below the folder of the checkpoint `checkpoint_id`, which is written once and by one save. For one thread at a time."""
+
+    def __init__(self, engine: Engine, checkpoint_id: str) -> None:
+        self._engine = engine
+        self._id = checkpoint_id
+        self._sinks: dict[str, FileSink] = {}  # key -> being written
+        self._written: list[tuple[PartWriter, str]] = []  # complete, not yet durable; with their keys
+        self._files: dict[str, FileEntry] = {}  # by key, complete
+        self._folders: set[str] = set()
+        self._spoilt: str | None = None
+
+    @property
+    def entries(self) -> tuple[FileEntry, ...]:
+        """What is complete."""
+        return tuple(self._files.values())
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether something complete is not yet durable."""
+        return bool(self._written)
+
+    def open(self, path: str) -> TransactionFile:
+        """Open a new file for writing bytes.
+
+        Raises:
+            InvalidName: not a relative path, or taken.
+        """
+        key = self._take(path)
+        backend = self._engine.backend
+        writer = backend.open_writer(data_key(self._id, key))
+        sink = FileSink(path, writer, self._engine.workers, backend.capabilities, authentic=self._engine.key is not None)
+        self._sinks[key] = sink
+        return TransactionFile(self, sink)
+
+    def adopt(self, entry: FileEntry) -> None:
+        """Take in a file that another process has written, and made durable, below the same folder.
+
+        Raises:
+            InvalidName: its path is taken.
+        """
+        self._files[self._take(entry.path)] = entry
+
+    def _take(self, path: str) -> str:
+        """Return the key of the new file `path`."""
+        key = file_key(check_path(path))
+        above = {key[:i] for i, c in enumerate(key) if c == "/"}
+        if key in self._folders or any(k in self._sinks or k in self._files for k in (key, *above)):
+            raise InvalidName(f"{path!r} is in this checkpoint already, as a file or as a folder")
+        self._folders |= above
+        return key
+
+    def _complete(self, sink: FileSink) -> None:
+        try:
+            entry = sink.close()
+            self._files[entry.key] = entry
+            del self._sinks[entry.key]
+            self._written.append((sink.writer, entry.key))
+            sink.writer.start_finish()
+            if len(self._written) >= _OPEN_FILES:
+                self.finish()
+        except BaseException:
+            self.spoil(f"{sink.path} could not be written")
+            raise
+
+    def spoil(self, reason: str) -> None:
+        """Note why these files must not be published."""
+        self._spoilt = self._spoilt or reason
+
+    def check(self) -> None:
+        """Raise `UsageError` if these files must not be published: one is spoilt, or still open."""
+        if self._spoilt:
+            raise UsageError(f"nothing was published: {self._spoilt}")
+        if self._sinks:
+            names = ", ".join(sink.path for sink in self._sinks.values())
+            raise UsageError(f"nothing was published: still open at the end of the transaction: {names}")
+
+    def finish(self) -> None:
+        """Make durable what is complete, in parallel, and note the checksums that the service recorded."""
+        if self._is_small():
+            checksums: Iterable[str | None] = [writer.finish() for writer, _ in self._written]
+        else:
+            checksums = self._engine.workers.map(lambda item: item[0].finish(), self._written)
+        for (_, key), checksum in zip(self._written, checksums, strict=True):
+            if checksum and key in self._files:
+                entry = self._files[key]
+                if checksum.startswith(f"{ALGORITHM}:") and checksum != entry.checksum:
+                    # What arrived is what was sent: the backend has compared that. It is not what was hashed.
+                    what = f"{entry.path} changed in memory while it was saved, so nothing was published"
+                    raise DamagedFile(f"{what}; let nothing write to tensors during a save", entry.path, [(0, entry.size)])
+                self._files[key] = replace(entry, remote=checksum)
+        self._written.clear()
+
+    def put_last(self, key: str, data: bytes) -> None:
+        """Write `data` as the object `key`, which is no file of the checkpoint. If all is small, `finish` has still to be called."""
+        writer = self._engine.backend.open_writer(data_key(self._id, key))
+        self._written.append((writer, key))
+        writer.write(0, memoryview(data), 0)
+        writer.start_finish()
+        if not self._is_small():
+            self.finish()
+
+    def _is_small(self) -> bool:
+        return not self._engine.backend.capabilities.remote and sum(f.size for f in self._files.values()) < _SMALL
+
+    def abort(self) -> None:
+        """Drop what is not durable yet. Never raises for anything the storage does."""
+        for sink in self._sinks.values():
+            sink.abort()
+        for writer, _ in self._written:
+            writer.abort()
