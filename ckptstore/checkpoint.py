@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +17,7 @@ from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFou
 from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
+from .ranges import read_ranges
 from .reading import VerifiedFile, check_size, damaged_ranges, read_file
 from .record import Entry
 
@@ -146,6 +147,16 @@ class Checkpoint:
                 self._engine.backend, data_key(self.id, entry.key), entry, lambda: self._engine.check_kept(self.id)
             )
             return io.BufferedReader(raw, 1 << 20)
+
+    def read_ranges(self, file: str, ranges: Iterable[tuple[int, int]]) -> Iterator[memoryview]:
+        """Yield the bytes of each (offset, length) in ascending order, checked; reads only the chunks that these touch.
+
+        Raises:
+            DamagedFile: instead of the first bytes that are not what was committed.
+        """
+        entry = self._file(file)
+        with self._damaged_or_pruned():
+            yield from read_ranges(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers, ranges)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> list[Damage]:
         """Read every byte and compare it with what was committed; return what is damaged, an empty list if all is whole.

@@ -35,6 +35,8 @@ class Engine:
         """Checkpoints read back here since the last commit: whole or not. The next commit writes it down."""
         self.deleted: set[str] = set()
         """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
+        self.abandoned: set[str] = set()
+        """Distributed saves begun here that came to nothing. They can never be committed any more."""
         self._lock = threading.Lock()
         self._deletions: list[Job[None]] = []
         self._pid = os.getpid()  # of the process that began them
@@ -102,6 +104,12 @@ class Engine:
             keys = [info.key for info in self.backend.list(data_key(checkpoint_id))]
         self.backend.delete(keys)
         self._keys.pop(checkpoint_id, None)
+
+    def delete_abandoned(self) -> None:
+        """Delete what distributed saves that came to nothing have left, as far as it can be now; the rest is for a later job."""
+        while self.abandoned:
+            with suppress(CkptStoreError):
+                self.delete_data(self.abandoned.pop())
 
     def delete_each(self, keys: Sequence[str]) -> None:
         """Delete what can be deleted of `keys`, checkpoint by checkpoint, and then raise the first error there was."""

@@ -29,6 +29,8 @@ Each one says what to do, and also subclasses the builtin that code which never 
     ├── NewerFormat                           written by a newer ckptstore
     ├── UnsafeContent (ValueError)            refused before a parser could be harmed
     ├── NotSerializable (TypeError)           torch.save cannot write the object
+    ├── RankFailed                            another rank of this job failed, or found something else
+    ├── WrongVersion (ImportError)            a library is not of a version that its integration knows
     ├── WrongKind (TypeError)                 written by another integration than the one that loads it; says what to use
     ├── StateMismatch (ValueError)            the state does not fit the objects it is restored into
     ├── Fenced                                a newer job owns the store; this one must stop
@@ -62,6 +64,7 @@ __all__ = [
     "NotFound",
     "NotSerializable",
     "PermissionDenied",
+    "RankFailed",
     "StateMismatch",
     "StorageFull",
     "StoreNotFound",
@@ -74,6 +77,7 @@ __all__ = [
     "UsageError",
     "WeightsOnlyWarning",
     "WrongKind",
+    "WrongVersion",
 ]
 
 
@@ -208,6 +212,14 @@ class UnsafeContent(CkptStoreError, ValueError):
 
 class NotSerializable(CkptStoreError, TypeError):
     """`torch.save` cannot write this object; nothing was published."""
+
+
+class RankFailed(CkptStoreError):
+    """Another rank of this job failed, or found something else than this one, so that nothing was done here either. Says what it met."""
+
+
+class WrongVersion(CkptStoreError, ImportError):
+    """An installed library is not of a version that the integration with it knows. Says which to use."""
 
 
 class WrongKind(CkptStoreError, TypeError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 
 from .checksum import ALGORITHM
 from .engine import Engine
-from .errors import DamagedFile, InvalidName, UsageError
+from .errors import CkptStoreError, DamagedFile, InvalidName, UsageError
 from .manifest import FileEntry
 from .naming import check_path, data_key, file_key
 from .protocol import PartWriter
@@ -40,6 +41,10 @@ class TransactionFile:
         except BaseException:
             self._files.spoil(f"{self._sink.path} could not be written")
             raise
+
+    def tell(self) -> int:
+        """Return the number of bytes written so far."""
+        return self._sink.size
 
     def flush(self) -> None:
         """Do nothing: files become durable, together, when the transaction commits."""
@@ -174,6 +179,12 @@ class Files:
 
     def _is_small(self) -> bool:
         return not self._engine.backend.capabilities.remote and sum(f.size for f in self._files.values()) < _SMALL
+
+    def drop(self) -> None:
+        """Drop what this process has written, of a checkpoint that will not be committed. Never raises for anything the storage does."""
+        self.abort()
+        with suppress(CkptStoreError):
+            self._engine.backend.delete([data_key(self._id, key) for key in self._files])
 
     def abort(self) -> None:
         """Drop what is not durable yet. Never raises for anything the storage does."""

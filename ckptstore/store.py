@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import STATE_FILE, Checkpoint, Damage
 from .engine import Engine
@@ -36,6 +36,9 @@ from .retention import expired
 from .transaction import Draft, Transaction
 from .url import parse_url
 from .wrapper import SingleWriter
+
+if TYPE_CHECKING:
+    from .integrations.dcp import StoreReader, StoreWriter
 
 __all__ = ["Store"]
 
@@ -151,10 +154,53 @@ class Store:
         metadata: JSON = None,
     ) -> Transaction:
         """Return a context manager that writes several files as one checkpoint; see `Transaction`. Arguments as for `save`."""
-        draft = Draft.check(name, step, metrics, metadata, sampler)
+        return self._transaction(Draft.check(name, step, metrics, metadata, sampler))
+
+    def _transaction(self, draft: Draft) -> Transaction:
         if self._arguments[1]:
             self._acquire_first()
         return Transaction(self._engine, self._writer, self._retention, draft)
+
+    def dcp_writer(
+        self,
+        name: str = "latest",
+        *,
+        step: int | None = None,
+        sampler: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        metadata: JSON = None,
+    ) -> StoreWriter:
+        """Return the ``storage_writer`` for one `torch.distributed.checkpoint.save` or ``async_save``, to be called on every rank.
+
+        Each rank writes a file of its own; rank 0 of the process group commits them as one checkpoint, with its arguments, which are those
+        of `save`. If any rank fails, there is no checkpoint, and DCP raises a ``CheckpointException`` on every rank, with what each met
+        in its ``failures``. Only rank 0 acquires the store. ``use_collectives=False`` and ``enable_plan_caching=True`` are refused.
+
+        Raises:
+            InvalidName, UsageError: nothing was touched.
+            WrongVersion: not with this version of torch.
+        """
+        from .integrations.dcp import StoreWriter
+
+        return StoreWriter(self, Draft.check(name, step, metrics, metadata, sampler))
+
+    def dcp_reader(self, target: str | None = None, *, step: int | None = None, weights_only: bool = True) -> StoreReader:
+        """Return the ``storage_reader`` for `torch.distributed.checkpoint.load`, to be called on every rank.
+
+        Each rank reads the chunks that its part of the state is in, and checks them before anything is made of them. By name, a
+        checkpoint whose manifest or metadata is damaged is passed over for an older one, as by `load`; damage in the data makes
+        every rank raise: `dcp_resume` then goes on to an older one. All ranks load the same checkpoint, or all raise.
+
+        Args:
+            target, step: as for `load`.
+            weights_only: refuse what is no tensor unless ``torch.load(weights_only=True)`` loads it. (DCP itself never asks for that.)
+
+        Raises:
+            WrongVersion: not with this version of torch. What else is wrong is raised, on every rank, when it is used.
+        """
+        from .integrations.dcp import StoreReader
+
+        return StoreReader(self, target, step, weights_only)
 
     def acquire(self) -> None:
         """Make this job the owner of the store: nothing an older job does takes effect any more. Idempotent.

@@ -27,7 +27,7 @@ from .picklescan import global_names
 from .unpicklable import check_storage, refusal
 from .zipsums import ZipSums
 
-__all__ = ["Sink", "load", "save"]
+__all__ = ["Sink", "load", "refused", "save"]
 
 _GATHERED = 1 << 14
 """Bytes."""
@@ -288,6 +288,19 @@ def _archive_of(data: bytes, storages: Iterable[str] = ()) -> io.BytesIO:
             out.writestr(f"trial/data/{key}", b"")
     file.seek(0)
     return file
+
+
+def refused(buffer: bytes | bytearray | memoryview) -> tuple[str, ...]:
+    """Return the names in a ``.pt`` file that ``weights_only=True`` refuses, sorted; of another kind of file, that it is one."""
+    try:
+        load(buffer, map_location="meta")
+    except UnsafeContent:
+        try:
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer))  # a copy, of what is not loadable
+        except Exception:
+            found = []
+        return tuple(sorted(found)) or ("something torch does not name",)
+    return ()
 
 
 def load(

@@ -8,7 +8,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -206,9 +206,17 @@ class Transaction:
             raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
         return self._files.open(path)
 
-    def adopt(self, entry: FileEntry) -> None:
-        """Take in a file that another process of this save has written, and made durable, below ``data/<id>/``. See `Files.adopt`."""
+    def adopt(self, entry: FileEntry, unsafe: Sequence[str] = ()) -> None:
+        """Take in a file that another process of this save has written, and made durable, below ``data/<id>/``.
+
+        `unsafe`: the classes in it that ``weights_only=True`` refuses.
+
+        Raises:
+            InvalidName: its path is taken.
+        """
         self._files.adopt(entry)
+        if unsafe:
+            self._unsafe[entry.path] = list(unsafe)
 
     def _write_manifest(self) -> tuple[Manifest, bytes]:
         self._files.check()

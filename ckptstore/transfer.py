@@ -50,6 +50,11 @@ class FileSink:
                 self._send_buffer()
         return len(view)
 
+    @property
+    def size(self) -> int:
+        """Bytes taken so far."""
+        return self._offset + len(self._buffer)
+
     def _write_large(self, view: memoryview) -> None:
         start = 0
         if self._buffer:

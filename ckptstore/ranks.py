@@ -1,0 +1,115 @@
+"""What the ranks of one job agree on, over a process group of `torch.distributed`. Everything here must be called by all its ranks."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .errors import CkptStoreError, RankFailed, UsageError
+
+__all__ = ["Ranks", "portable"]
+
+_R = TypeVar("_R")
+
+
+def portable(error: BaseException) -> BaseException:
+    """Return `error` if it survives being pickled, as it must to be told to other ranks; else one of ours that says the same.
+
+    One that does not would be raised in the middle of a collective, on one rank, and leave the others waiting.
+    """
+    with suppress(Exception):
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    return CkptStoreError(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[_R]):
+    """What one rank has to say: a value, or why there is none."""
+
+    value: _R | None = None
+    error: BaseException | None = None
+
+
+class Ranks:
+    """The ranks of one process group.
+
+    Args:
+        group: a `torch.distributed.ProcessGroup`, such as ``torch.distributed.group.WORLD``.
+
+    Raises:
+        UsageError: it is none, or this process does not belong to it.
+    """
+
+    def __init__(self, group: Any) -> None:
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            raise UsageError("process_group= needs torch.distributed to be initialised: call init_process_group first")
+        if not isinstance(group, dist.ProcessGroup):
+            raise UsageError(
+                f"process_group= takes a process group of torch.distributed that this process belongs to, not a {type(group).__name__}"
+            )
+        self._dist = dist
+        self._group = group
+        self.rank: int = dist.get_rank(group)
+        """This process's rank in the group."""
+
+    def all(self, call: Callable[[], _R]) -> list[_R | BaseException]:
+        """Call on every rank; return on every rank what came of it on each, an exception where it raised one."""
+        mine: _Outcome[_R] = _attempt(call)
+        outcomes: list[Any] = [None] * self._dist.get_world_size(self._group)
+        self._dist.all_gather_object(outcomes, _sendable(mine), group=self._group)
+        outcomes[self.rank] = mine
+        return [o.value if o.error is None else o.error for o in outcomes]
+
+    def together(self, call: Callable[[], _R]) -> list[_R]:
+        """Call on every rank and return all results, by rank.
+
+        Raises:
+            BaseException: what `call` raised here.
+            RankFailed: it raised on another rank; carries that as its cause.
+        """
+        outcomes = self.all(call)
+        self.raise_first(outcomes)
+        return outcomes  # type: ignore[return-value]
+
+    def raise_first(self, outcomes: list[Any]) -> None:
+        """Raise this rank's own error among what `all` returned, or else `RankFailed` for the first other there is."""
+        mine = outcomes[self.rank]
+        if isinstance(mine, BaseException):
+            raise mine
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, BaseException):
+                raise RankFailed(
+                    f"rank {rank} failed, so nothing was done here: {type(outcome).__name__}: {outcome}"
+                ) from outcome
+
+    def on_first(self, call: Callable[[], _R]) -> _R:
+        """Call on the group's rank 0 only, and return on all ranks what it returned.
+
+        Raises:
+            BaseException: on all ranks, what it raised on rank 0.
+        """
+        outcome: _Outcome[_R] = _attempt(call) if self.rank == 0 else _Outcome()
+        box: list[Any] = [_sendable(outcome)]
+        self._dist.broadcast_object_list(box, src=self._dist.get_global_rank(self._group, 0), group=self._group)
+        if self.rank != 0:
+            outcome = box[0]
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.value  # type: ignore[return-value]
+
+
+def _attempt(call: Callable[[], _R]) -> _Outcome[_R]:
+    try:
+        return _Outcome(call())
+    except BaseException as exc:  # the others are waiting for an answer, even at a Ctrl-C
+        return _Outcome(error=exc)
+
+
+def _sendable(outcome: _Outcome[_R]) -> _Outcome[_R]:
+    return outcome if outcome.error is None else _Outcome(error=portable(outcome.error))
