@@ -61,6 +61,11 @@ class Checkpoint:
         return self._entry.id
 
     @property
+    def entry(self) -> Entry:
+        """What the commit record says of it."""
+        return self._entry
+
+    @property
     def name(self) -> str:
         """The name it was saved under. Names may have moved on since: see `Store.names`."""
         return self._entry.name

@@ -107,6 +107,11 @@ class Writer:
             past_owners=(*state.past_owners, *([state.owner] if state.owner else []))[-_PAST_OWNERS:],
         )
 
+    def join(self, owner: str, epoch: int) -> None:
+        """Belong to the job of another rank, which has acquired the store in `epoch`: what that one may do, this one may."""
+        with self._lock:
+            self._owner, self.epoch = owner, epoch
+
     def begin(self) -> int:
         """Return the epoch that a change belongs to which begins now, acquiring first unless cooperating.
 

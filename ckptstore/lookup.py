@@ -11,12 +11,12 @@ from typing import TypeVar
 
 from .checkpoint import Checkpoint
 from .engine import Engine
-from .errors import CheckpointNotFound, CkptStoreError, Damaged, FallbackWarning, StoreNotFound, UsageError
+from .errors import CheckpointNotFound, CkptStoreError, Damaged, DamagedRecord, FallbackWarning, StoreNotFound, UsageError
 from .log import Head
 from .naming import check_step, is_id
 from .record import Entry, Record
 
-__all__ = ["existing", "find", "first_whole"]
+__all__ = ["existing", "find", "first_whole", "newest_first"]
 
 _R = TypeVar("_R")
 
@@ -66,6 +66,25 @@ def _find_step(url: str, state: Record, target: str | None, step: int) -> Entry:
         steps = ", ".join(str(e.step) for e in state.checkpoints[-8:] if e.step is not None) or "none"
         raise CheckpointNotFound(f"{url} keeps no checkpoint of step {step}; newest kept steps: {steps}")
     return entry
+
+
+def newest_first(engine: Engine, name: str) -> list[Entry]:
+    """Return what `name` points to and the older ones saved under that name, newest first; an empty list for an empty store.
+
+    Raises:
+        CheckpointNotFound: there are checkpoints, but none has that name.
+        DamagedRecord: there were some, which only damaged records name.
+    """
+    state = engine.head().record
+    if state.checkpoints:
+        wanted = find(engine.backend.url, state, name)
+        return [wanted, *_older(state, wanted, name)]
+    if state.spared:
+        raise DamagedRecord(
+            "the records that named this store's checkpoints are damaged or gone, and the data of these is still there: "
+            f"{', '.join(state.spared)}; bring one back with tag(name, id), or delete them to start over"
+        )
+    return []
 
 
 def first_whole(engine: Engine, target: str | None, step: int | None, read: Callable[[Checkpoint], _R]) -> tuple[Checkpoint, _R]:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .errors import CkptStoreError, RankFailed, UsageError
+from .errors import CkptStoreError, NotSerializable, RankFailed, UsageError
 
-__all__ = ["Ranks", "portable"]
+__all__ = ["Ranks", "portable", "ranks_of", "whole_state"]
 
 _R = TypeVar("_R")
 
@@ -102,6 +102,49 @@ class Ranks:
         if outcome.error is not None:
             raise outcome.error
         return outcome.value  # type: ignore[return-value]
+
+
+def ranks_of(group: Any, everybody: bool) -> Ranks | None:
+    """Return the ranks of `group`; if none is given, those of the whole job if `everybody` is meant and it has several, else None."""
+    if group is None and everybody:
+        import torch.distributed as dist
+
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return None if group is None else Ranks(group)
+
+
+def whole_state(obj: Any, ranks: Ranks) -> Any:
+    """Return the state of `obj`, which rank 0 is to save for all; each rank's ``state_dict()`` is called, some of which are collective.
+
+    Raises:
+        NotSerializable: rank 0 has only its own part of a sharded tensor.
+        RankFailed: a ``state_dict()`` failed on another rank.
+    """
+    from . import snapshot
+
+    states: list[Any] = []
+
+    def take() -> None:
+        states.append(snapshot.to_state(obj))
+        path = _sharded(states[0], "obj")
+        if path:
+            raise NotSerializable(
+                f"{path} is a DTensor of which each rank has a part, and one rank was to save it; save with "
+                "dcp.save(state, storage_writer=store.dcp_writer(…)), or a full state dict (StateDictOptions(full_state_dict=True))"
+            )
+
+    ranks.together(take)
+    return states[0]
+
+
+def _sharded(value: Any, path: str) -> str:
+    """Return where in `value` a tensor is of which this process has only a part, or nothing."""
+    if isinstance(value, dict):
+        return next((p for k, v in value.items() if (p := _sharded(v, f"{path}[{k!r}]"))), "")
+    if isinstance(value, (list, tuple)):
+        return next((p for i, v in enumerate(value) if (p := _sharded(v, f"{path}[{i}]"))), "")
+    placements = getattr(value, "placements", ()) if hasattr(type(value), "full_tensor") else ()
+    return path if any(not p.is_replicate() for p in placements) else ""
 
 
 def _attempt(call: Callable[[], _R]) -> _Outcome[_R]:

@@ -29,9 +29,10 @@ from .log import new_op
 from .lookup import existing, find, first_whole
 from .naming import check_name
 from .options import split_options
+from .ranks import Ranks, ranks_of, whole_state
 from .record import Entry, Record
 from .registry import backend_class
-from .restore import restore_newest
+from .restore import restore_newest, restore_sampler
 from .retention import expired
 from .transaction import Draft, Transaction
 from .url import parse_url
@@ -122,8 +123,13 @@ class Store:
         metrics: Mapping[str, Any] | None = None,
         metadata: JSON = None,
         rng: bool = False,
+        process_group: Any = None,
     ) -> Checkpoint:
         """Save `obj` as a new checkpoint and let `name` point to it. Atomic, and durable on return.
+
+        Each call saves a checkpoint of its own and waits for no other process. So in a distributed job call it on one rank; or on every
+        rank under a name of its own; or on every rank with `process_group`: then one checkpoint is saved, by rank 0. (What all ranks
+        save under one name without that are as many checkpoints; the name has the last, and `keep_last` counts each.)
 
         Args:
             obj: anything `torch.save` takes; values with a ``state_dict()`` are saved by it. Becomes the file ``state.pt``.
@@ -132,17 +138,29 @@ class Store:
             metrics: numbers by name, for `keep_best` and for people.
             metadata: plain JSON, kept as it is.
             rng: also save the Python, NumPy and torch random generators; `resume` restores them.
+            process_group: a group of `torch.distributed`, **all of whose ranks** make this call: any that does not leaves the others
+                waiting until the group's time is up. Each calls its ``state_dict()``; rank 0 saves, with its own arguments, and all
+                return that checkpoint or raise what rank 0 met.
 
         Raises:
+            RankFailed: a ``state_dict()`` failed on another rank of `process_group`; nothing was published.
             Fenced: a newer job has acquired the store.
             CommitUnknown: it may or may not have been committed; see `resolve`.
             NotSerializable, UsageError, BackendError, or whatever a ``state_dict()`` raised: nothing was published.
         """
-        with self.transaction(name, step=step, sampler=sampler, metrics=metrics, metadata=metadata) as tx:
-            tx.save(obj)
-            if rng:
-                tx.save_rng()
-        return tx.checkpoint
+
+        def save(obj: Any) -> Checkpoint:
+            with self.transaction(name, step=step, sampler=sampler, metrics=metrics, metadata=metadata) as tx:
+                tx.save(obj)
+                if rng:
+                    tx.save_rng()
+            return tx.checkpoint
+
+        if process_group is None:
+            return save(obj)
+        ranks = Ranks(process_group)
+        state = whole_state(obj, ranks)
+        return Checkpoint(self._engine, ranks.on_first(lambda: save(state).entry))
 
     def transaction(
         self,
@@ -374,32 +392,95 @@ class Store:
         map_location: Any = "cpu",
         weights_only: bool = True,
         rng: bool = True,
+        process_group: Any = None,
     ) -> Checkpoint | None:
         """Acquire the store, then restore `objects` in place from the newest whole checkpoint saved under `name`.
 
-        Returns the checkpoint it resumed from, or None when the store is empty: start from the beginning then.
+        Returns the checkpoint it resumed from, or None when the store is empty: start from the beginning then. What could not be looked
+        up or read is an error, never None.
+
+        Each call finds its own way and waits for no other process. In a distributed job, where all ranks must go on from the same
+        checkpoint, call it on every rank with `process_group`.
 
         Args:
             objects: like the object that was saved: values with ``load_state_dict`` get their state, tensors are copied into, other values
                 in dicts and lists are replaced. What the checkpoint has beyond it is ignored.
             sampler: gets its state back. Required to be in the checkpoint if given.
             rng: restore the random generators if the checkpoint has them.
+            process_group: a group of `torch.distributed`, **all of whose ranks** make this call: any that does not leaves the others
+                waiting until the group's time is up. Rank 0 acquires the store for all and looks up what there is; all read it, and if one
+                finds it damaged, all fall back to the same older one. What rank 0 meets is raised on all.
 
         Raises:
+            RankFailed: something else than damage came in the way on another rank of `process_group`.
             StateMismatch: the state does not fit the objects.
             CheckpointNotFound: there are checkpoints, but none was saved under `name`.
             Damaged: there are, and not one is whole; it is not for a program to start over then.
         """
-        if self._arguments[1]:
-            self._acquire_first()
-        self.acquire()  # also sees whether a newer job has come since
-        checkpoint = restore_newest(self._engine, check_name(name), objects, sampler, map_location, weights_only, rng)
-        if checkpoint is None:
-            return None
-        # Written down so that retention, anybody's, keeps what this job stands on.
-        record = self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
-        self._engine.committed(record)
+        ranks = self._take_over(process_group)
+        checkpoint = restore_newest(self._engine, check_name(name), objects, sampler, map_location, weights_only, rng, ranks)
+        self._note_resumed(checkpoint, ranks)
         return checkpoint
+
+    def dcp_resume(
+        self,
+        state_dict: dict[str, Any],
+        name: str = "latest",
+        *,
+        sampler: Any = None,
+        weights_only: bool = True,
+        planner: Any = None,
+        process_group: Any = None,
+    ) -> Checkpoint | None:
+        """Do what `resume` does, with `torch.distributed.checkpoint.load`, which fills `state_dict`. For what `dcp_writer` saved.
+
+        To be called on all ranks of `process_group`, the whole job if not given. Rank 0 acquires the store for all and looks up what there
+        is; where any rank finds it damaged, all fall back to the same older one.
+
+        Returns the checkpoint it resumed from, or None when the store is empty, on all ranks alike.
+
+        Raises:
+            Damaged, CheckpointNotFound, RankFailed, …: as `resume`, on all ranks.
+            WrongVersion: not with this version of torch.
+        """
+        from .integrations.dcp import load_newest
+
+        ranks = self._take_over(process_group, everybody=True)
+        checkpoint = load_newest(self, state_dict, check_name(name), weights_only, planner, process_group, ranks)
+        if checkpoint is not None:
+            restore_sampler(checkpoint, sampler, ranks)
+        self._note_resumed(checkpoint, ranks)
+        return checkpoint
+
+    def _take_over(self, process_group: Any, everybody: bool = False) -> Ranks | None:
+        """Acquire the store, for all ranks of a group if there is one; see whether a newer job has come since."""
+
+        def acquire() -> tuple[str, int | None]:
+            if self._arguments[1]:
+                self._acquire_first()
+            self.acquire()
+            return self._writer.owner, self._writer.epoch
+
+        ranks = ranks_of(process_group, everybody)
+        if ranks is None:
+            acquire()
+        else:
+            owner, epoch = ranks.on_first(acquire)
+            if epoch is not None and ranks.rank:
+                self._writer.join(owner, epoch)
+                self._acquired = True
+        return ranks
+
+    def _note_resumed(self, checkpoint: Checkpoint | None, ranks: Ranks | None) -> None:
+        """Write down what the job resumed from, so that retention, anybody's, keeps what it stands on."""
+        if checkpoint is None:
+            return
+
+        def note() -> None:
+            record = self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
+            self._engine.committed(record)
+
+        note() if ranks is None else ranks.on_first(note)
 
     def checkpoint(self, target: str | None = None, *, step: int | None = None) -> Checkpoint:
         """Return a checkpoint by name ("latest" if nothing is given), by id, or by step (the newest with that step).

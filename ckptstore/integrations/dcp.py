@@ -18,6 +18,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -46,10 +48,11 @@ from ..errors import (
     WrongKind,
 )
 from ..files import Files, TransactionFile
-from ..lookup import first_whole
+from ..lookup import first_whole, newest_first
 from ..manifest import FileEntry
 from ..naming import check_name, is_id
-from ..ranks import portable
+from ..ranks import Ranks, portable
+from ..restore import newest_whole_for_all
 from ..transaction import Draft, Transaction
 from ._dcp_metadata import METADATA_FILE, StorageInfo, dump, parse
 
@@ -205,6 +208,7 @@ class StoreWriter(StorageWriter):
             files.finish()
         except BaseException:
             files.drop()
+            self._abandon()
             raise
         return [replace(written[0], file=files.entries[0]), *written[1:]]
 
@@ -397,3 +401,37 @@ def _metadata(checkpoint: Checkpoint) -> Metadata:
         )
     (data,) = checkpoint.read_ranges(METADATA_FILE, [(0, size)])
     return parse(data, f"{checkpoint.id}/{METADATA_FILE}")
+
+
+def load_newest(
+    store: Store,
+    state_dict: dict[str, Any],
+    name: str,
+    weights_only: bool,
+    planner: LoadPlanner | None,
+    process_group: Any,
+    ranks: Ranks | None,
+) -> Checkpoint | None:
+    """Load the newest checkpoint saved under `name` that is whole for all ranks, and return it; see `Store.dcp_resume`."""
+
+    def read(checkpoint: Checkpoint) -> None:
+        reader = StoreReader(store, checkpoint.id, None, weights_only)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is no news to whoever runs one process
+                load_distributed(state_dict, storage_reader=reader, planner=planner, process_group=process_group)
+        except CheckpointException as exc:
+            raise _cause(exc) from exc
+
+    if ranks is not None:
+        found = newest_whole_for_all(store._engine, name, ranks, read)
+        return found and found[0]
+    if not newest_first(store._engine, name):
+        return None
+    return first_whole(store._engine, name, None, read)[0]
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """Return what a failed load of all ranks came from: an error that is no damage, if there is one, else the first damage."""
+    causes = [cause for _, (cause, _) in sorted(error.failures.items())]
+    return next((c for c in causes if not isinstance(c, Damaged)), causes[0])

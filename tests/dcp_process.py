@@ -1,0 +1,359 @@
+"""What the ranks of the distributed tests do, each in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from procs import Channel
+from stores import store_on
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from ckptstore import Store
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import BackendError, FallbackWarning
+from ckptstore.testing import Fault, FaultyBackend
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process
+
+
+def warm_up() -> None:
+    """Have imported and initialised what a save and a load need."""
+    state = {"x": torch.arange(4.0), "n": 1}
+    with Store("memory://warm") as store:
+        dcp.save(state, storage_writer=store.dcp_writer())
+        dcp.load(state, storage_reader=store.dcp_reader())
+    model, optimizer = network(0)
+    train(model, optimizer)
+
+
+def network(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Return a network, sharded over the job with FSDP2 if there are several ranks, and its optimizer."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 27), torch.nn.ReLU(), torch.nn.Linear(27, 10), torch.nn.LayerNorm(10))
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    """Train on the same data on each rank."""
+    data = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        model(torch.randn(8, 16, generator=data)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class App:
+    """A `Stateful` of a network and its optimizer, as torch's tutorials make it."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def digest(self) -> str:
+        """Return a hash of all numbers, which does not depend on how they are sharded; on rank 0 only."""
+        whole = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return digest({"model": whole[0], "optimizer": whole[1]})
+
+
+def digest(value: Any) -> str:
+    """Return a hash of nested containers of tensors and plain values."""
+    found = hashlib.sha256()
+
+    def add(path: str, part: Any) -> None:
+        if isinstance(part, dict):
+            for key in sorted(part, key=str):
+                add(f"{path}/{key}", part[key])
+        elif isinstance(part, (list, tuple)):
+            for index, item in enumerate(part):
+                add(f"{path}/{index}", item)
+        elif isinstance(part, torch.Tensor):
+            found.update(f"{path} {part.dtype} {list(part.shape)}".encode())
+            found.update(part.detach().contiguous().view(torch.uint8).numpy().tobytes() if part.dim() else str(part).encode())
+        else:
+            found.update(f"{path} {part!r}".encode())
+
+    add("", value)
+    return found.hexdigest()
+
+
+def placed(values: torch.Tensor) -> dict[str, DTensor | torch.Tensor]:
+    """Return `values` in all ways that a tensor can be spread over a job of 1, 2 or 4 ranks."""
+    if not dist.is_initialized():
+        return {name: values.clone() for name in ("rows", "columns", "same", "plain", "grid")}
+    world = dist.get_world_size()
+    line = init_device_mesh("cpu", (world,))
+    grid = init_device_mesh("cpu", (world // 2, 2))
+    return {
+        "rows": distribute_tensor(values, line, [Shard(0)]),
+        "columns": distribute_tensor(values, line, [Shard(1)]),
+        "same": distribute_tensor(values, line, [Replicate()]),
+        "plain": values.clone(),
+        "grid": distribute_tensor(values, grid, [Shard(0), Shard(1)]),
+    }
+
+
+def full(value: Any) -> torch.Tensor:
+    """Return the whole of a tensor."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+VALUES = torch.arange(7 * 9, dtype=torch.float32).reshape(7, 9)
+
+
+def save_all(channel: Channel, rank: int, url: str, step: int) -> Any:
+    """Save a trained FSDP2 network, and tensors that are spread in all ways; return the network's digest."""
+    model, optimizer = network(step)
+    train(model, optimizer)
+    app = App(model, optimizer)
+    with Store(url) as store:
+        state = {"app": app, "tensors": placed(VALUES * step), "step": step, "text": "some words"}
+        dcp.save(state, storage_writer=store.dcp_writer("latest", step=step, metrics={"loss": 0.5}))
+    return app.digest()
+
+
+def load_all(channel: Channel, rank: int, url: str, how: str) -> Any:
+    """Load what `save_all` saved into a network that knows nothing, and return its digest."""
+    model, optimizer = network(99)
+    app = App(model, optimizer)
+    state: dict[str, Any] = {"app": app, "tensors": placed(torch.zeros(7, 9)), "step": 0, "text": ""}
+    with Store(url) as store, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FallbackWarning)
+        if how == "resume":
+            assert store.dcp_resume(state) is not None
+        else:
+            dcp.load(state, storage_reader=store.dcp_reader(how))
+    for name, value in state["tensors"].items():
+        assert full(value).equal(VALUES * state["step"]), name
+    assert state["text"] == "some words"
+    return [app.digest(), state["step"], sum(issubclass(w.category, FallbackWarning) for w in caught)]
+
+
+class Slow(dcp.DefaultSavePlanner):
+    """A planner that says when its rank is in the middle of writing, and waits."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def resolve_data(self, write_item: Any) -> Any:
+        found = super().resolve_data(write_item)
+        if write_item.index.fqn == "b":
+            self._channel.send("writing")
+            self._channel.recv()
+        return found
+
+
+def sharded(value: float, names: str = "abc", rows: int = 64) -> dict[str, Any]:
+    """Return tensors of one value each, of which every rank has some rows."""
+    whole = torch.full((rows, 1024), value)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {name: distribute_tensor(whole, mesh, [Shard(0)]) for name in names}
+
+
+def save_slowly(channel: Channel, rank: int, url: str, value: float) -> Any:
+    """Save tensors of one value; stop in the middle until told."""
+    with Store(url) as store:
+        dcp.save(sharded(value), storage_writer=store.dcp_writer(step=int(value)), planner=Slow(channel))
+        return store.checkpoint().id
+
+
+def save_value(channel: Channel, rank: int, url: str, value: float) -> Any:
+    """Save tensors of one value."""
+    with Store(url) as store:
+        metadata = dcp.save(sharded(value), storage_writer=store.dcp_writer(step=int(value)))
+    return metadata.storage_meta.checkpoint_id
+
+
+def load_values(channel: Channel, rank: int, url: str, target: str | None = None) -> Any:
+    """Load what `save_value` saved; return all the different numbers in it."""
+    state = sharded(0.0)
+    with Store(url) as store:
+        dcp.load(state, storage_reader=store.dcp_reader(target))
+    return sorted({x for value in state.values() for x in full(value).unique().tolist()})
+
+
+def load_apart(channel: Channel, rank: int, url: str, ids: list[str]) -> Any:
+    """Load a checkpoint of one's own on each rank."""
+    with Store(url) as store:
+        dcp.load(sharded(0.0), storage_reader=store.dcp_reader(ids[rank]))
+
+
+def resume_values(channel: Channel, rank: int, url: str) -> Any:
+    """Load with `dcp_resume`; return the numbers, the id, and how often it fell back."""
+    state = sharded(0.0)
+    with Store(url) as store, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FallbackWarning)
+        checkpoint = store.dcp_resume(state)
+    if checkpoint is None:
+        return None
+    numbers = sorted({x for value in state.values() for x in full(value).unique().tolist()})
+    return [numbers, checkpoint.id, sum(issubclass(w.category, FallbackWarning) for w in caught)]
+
+
+def save_on_a_full_disk(channel: Channel, rank: int, url: str, bad_rank: int) -> Any:
+    """Try to save on ranks one of which cannot write files of more than 64 KiB; then, with that mended, again."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if rank == bad_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+    with Store(url) as store:
+        told: Any = None
+        try:
+            dcp.save(sharded(2.0), storage_writer=store.dcp_writer(step=2))
+        except dcp.CheckpointException as exc:
+            told = {str(r): type(e).__name__ for r, (e, _) in exc.failures.items()}
+        before = [c.step for c in store.checkpoints()]
+        dist.barrier()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        dcp.save(sharded(3.0), storage_writer=store.dcp_writer(step=3))
+        return [told, before]
+
+
+class Odd(Exception):
+    """An exception that cannot be unpickled, as many cannot."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"odd: {first + second}")
+
+
+class Failing(dcp.DefaultSavePlanner):
+    """A planner that raises such an exception."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        raise Odd(1, 2)
+
+
+def save_oddly(channel: Channel, rank: int, url: str) -> Any:
+    """Save with a planner that fails, on the last rank, in a way that cannot be told to others."""
+    planner = Failing() if rank == dist.get_world_size() - 1 else dcp.DefaultSavePlanner()
+    with Store(url) as store:
+        dcp.save(sharded(1.0), storage_writer=store.dcp_writer(), planner=planner)
+
+
+def save_in_background(channel: Channel, rank: int, url: str, kind: str) -> Any:
+    """Save with `dcp.async_save`, change the state meanwhile, and return the checkpoint's id."""
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    state = sharded(4.0)
+    with Store(url) as store:
+        writer = store.dcp_writer(step=4)
+        future = dcp.async_save(state, storage_writer=writer, async_checkpointer_type=AsyncCheckpointerType(kind))
+        for value in state.values():
+            value.to_local().fill_(5.0)
+        found = future.result() if hasattr(future, "result") else future.upload_completion.result()
+        return found.storage_meta.checkpoint_id
+
+
+def save_when_told(channel: Channel, rank: int, url: str) -> Any:
+    """Acquire, wait, and save: perhaps after another job has acquired the store."""
+    with Store(url) as store:
+        dcp.save(sharded(1.0), storage_writer=store.dcp_writer(step=1))
+        channel.send("saved")
+        channel.recv()
+        dcp.save(sharded(2.0), storage_writer=store.dcp_writer(step=2))
+
+
+# -- collective habits
+
+
+def save_how(channel: Channel, rank: int, url: str, how: str) -> Any:
+    """Save on rank 0 only, on all ranks under names of their own, or on all ranks together; return the id."""
+    with Store(url, owner="one launch") as store:
+        state = {"rank": torch.tensor(rank)}
+        if how == "first":
+            # The others are in a collective of the job's own meanwhile: one more would get into its way.
+            found = store.save(state, step=1).id if rank == 0 else ""
+            dist.barrier()
+            return found
+        if how == "each":
+            return store.save(state, f"rank-{rank}", step=1).id
+        if how == "same":
+            return store.save(state, step=1).id
+        return store.save(state, step=1, process_group=dist.group.WORLD).id
+
+
+def save_together_badly(channel: Channel, rank: int, url: str, how: str) -> Any:
+    """Save on all ranks together what cannot be, and then what can."""
+    bad: dict[str, Any] = {
+        "unpicklable": {"x": lambda: 0},
+        "sharded": {"deep": [sharded(1.0)]},
+        "one rank": {"model": _Sick(rank == 1)},
+    }[how]
+    with Store(url) as store:
+        told = ""
+        try:
+            store.save(bad, process_group=dist.group.WORLD)
+        except Exception as exc:
+            told = type(exc).__name__
+        names = store.names()
+        store.save({"x": 1}, process_group=dist.group.WORLD)
+        return [told, names]
+
+
+class _Sick:
+    def __init__(self, sick: bool) -> None:
+        self._sick = sick
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._sick:
+            raise Odd(1, 2)
+        return {}
+
+
+def resume_together(channel: Channel, rank: int, url: str, fault: str, bad_rank: int) -> Any:
+    """Resume on all ranks together, one of which may have a sick disk; then save something on each rank."""
+    backend = FaultyBackend(LocalBackend.open(url, {}))
+    if rank == bad_rank:
+        error: BaseException = BackendError("the disk is sick")
+        if fault == "damage":
+            from ckptstore.errors import Unreadable
+
+            error = Unreadable("these bytes are lost")
+        # Nothing of what a record says can be had; or nothing of the newest checkpoint's data.
+        backend.plan.append(Fault("list", 0, before=error) if fault == "listing" else Fault("read_into", 1, before=error))
+        if fault == "listing":
+            backend.plan += [Fault("get", 0, before=error), Fault("stat", 0, before=error)]
+    with store_on(backend) as store, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FallbackWarning)
+        state = {"x": torch.zeros(3)}
+        checkpoint = store.resume(state, process_group=dist.group.WORLD)
+        store.save(state, f"rank-{rank}")
+        if checkpoint is None:
+            return None
+        return [checkpoint.step, state["x"].tolist(), sum(issubclass(w.category, FallbackWarning) for w in caught)]
+
+
+def resume_in_vain(channel: Channel, rank: int, url: str) -> Any:
+    """Resume together into objects that, on one rank, do not fit."""
+    with Store(url) as store:
+        store.resume({"x": torch.zeros(3 if rank else 4)}, process_group=dist.group.WORLD)
+
+
+def no_group(channel: Channel, rank: int, url: str) -> Any:
+    """Name a process group that this is no member of."""
+    alone = dist.new_group([0])
+    with Store(url) as store:
+        if rank:
+            store.save({}, process_group=alone)
+    return os.getpid()
