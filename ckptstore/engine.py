@@ -35,8 +35,9 @@ class Engine:
         """Checkpoints read back here since the last commit: whole or not. The next commit writes it down."""
         self.deleted: set[str] = set()
         """Retired checkpoints whose data is gone for sure. The next commit forgets them."""
-        self.abandoned: set[str] = set()
-        """Distributed saves begun here that came to nothing. They can never be committed any more."""
+        self.unfinished: set[str] = set()
+        """Ids of distributed saves begun here of which it is not known yet what came of them."""
+        self._abandoned: set[str] = set()
         self._lock = threading.Lock()
         self._deletions: list[Job[None]] = []
         self._pid = os.getpid()  # of the process that began them
@@ -105,11 +106,16 @@ class Engine:
         self.backend.delete(keys)
         self._keys.pop(checkpoint_id, None)
 
+    def abandon(self, checkpoint_id: str) -> None:
+        """Note that a distributed save begun here came to nothing: it can never be committed any more."""
+        self.unfinished.discard(checkpoint_id)
+        self._abandoned.add(checkpoint_id)
+
     def delete_abandoned(self) -> None:
         """Delete what distributed saves that came to nothing have left, as far as it can be now; the rest is for a later job."""
-        while self.abandoned:
+        while self._abandoned:
             with suppress(CkptStoreError):
-                self.delete_data(self.abandoned.pop())
+                self.delete_data(self._abandoned.pop())
 
     def delete_each(self, keys: Sequence[str]) -> None:
         """Delete what can be deleted of `keys`, checkpoint by checkpoint, and then raise the first error there was."""

@@ -8,9 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .checkpoint import STATE_FILE, Checkpoint, Damage
+from .distributed import Distributed
 from .engine import Engine
 from .envelope import JSON
 from .epoch import Writer
@@ -29,22 +30,18 @@ from .log import new_op
 from .lookup import existing, find, first_whole
 from .naming import check_name
 from .options import split_options
-from .ranks import Ranks, ranks_of, whole_state
 from .record import Entry, Record
 from .registry import backend_class
-from .restore import restore_newest, restore_sampler
+from .restore import restore_newest
 from .retention import expired
 from .transaction import Draft, Transaction
 from .url import parse_url
 from .wrapper import SingleWriter
 
-if TYPE_CHECKING:
-    from .integrations.dcp import StoreReader, StoreWriter
-
 __all__ = ["Store"]
 
 
-class Store:
+class Store(Distributed):
     """A place for the checkpoints of one training run.
 
     Thread-safe; may be pickled to worker processes, which then belong to the same job (not with an `hmac_key` given as bytes); a
@@ -127,9 +124,8 @@ class Store:
     ) -> Checkpoint:
         """Save `obj` as a new checkpoint and let `name` point to it. Atomic, and durable on return.
 
-        Each call saves a checkpoint of its own and waits for no other process. So in a distributed job call it on one rank; or on every
-        rank under a name of its own; or on every rank with `process_group`: then one checkpoint is saved, by rank 0. (What all ranks
-        save under one name without that are as many checkpoints; the name has the last, and `keep_last` counts each.)
+        Each call saves a checkpoint of its own and waits for no other process. So of a distributed job call it on one rank; or on each
+        under a name of its own; or on all with `process_group`. (Without, what all save under one name are as many checkpoints.)
 
         Args:
             obj: anything `torch.save` takes; values with a ``state_dict()`` are saved by it. Becomes the file ``state.pt``.
@@ -139,8 +135,7 @@ class Store:
             metadata: plain JSON, kept as it is.
             rng: also save the Python, NumPy and torch random generators; `resume` restores them.
             process_group: a group of `torch.distributed`, **all of whose ranks** make this call: any that does not leaves the others
-                waiting until the group's time is up. Each calls its ``state_dict()``; rank 0 saves, with its own arguments, and all
-                return that checkpoint or raise what rank 0 met.
+                waiting until the group's time is up. Each calls its ``state_dict()``; rank 0 saves; all return or raise the same.
 
         Raises:
             RankFailed: a ``state_dict()`` failed on another rank of `process_group`; nothing was published.
@@ -148,19 +143,14 @@ class Store:
             CommitUnknown: it may or may not have been committed; see `resolve`.
             NotSerializable, UsageError, BackendError, or whatever a ``state_dict()`` raised: nothing was published.
         """
-
-        def save(obj: Any) -> Checkpoint:
-            with self.transaction(name, step=step, sampler=sampler, metrics=metrics, metadata=metadata) as tx:
-                tx.save(obj)
-                if rng:
-                    tx.save_rng()
-            return tx.checkpoint
-
-        if process_group is None:
-            return save(obj)
-        ranks = Ranks(process_group)
-        state = whole_state(obj, ranks)
-        return Checkpoint(self._engine, ranks.on_first(lambda: save(state).entry))
+        more: Any = {"step": step, "sampler": sampler, "metrics": metrics, "metadata": metadata}
+        if process_group is not None:
+            return self._save_together(process_group, obj, lambda state: self.save(state, name, rng=rng, **more))
+        with self.transaction(name, **more) as tx:
+            tx.save(obj)
+            if rng:
+                tx.save_rng()
+        return tx.checkpoint
 
     def transaction(
         self,
@@ -172,53 +162,11 @@ class Store:
         metadata: JSON = None,
     ) -> Transaction:
         """Return a context manager that writes several files as one checkpoint; see `Transaction`. Arguments as for `save`."""
-        return self._transaction(Draft.check(name, step, metrics, metadata, sampler))
+        return self._begin(Draft.check(name, step, metrics, metadata, sampler))
 
-    def _transaction(self, draft: Draft) -> Transaction:
-        if self._arguments[1]:
-            self._acquire_first()
+    def _begin(self, draft: Draft) -> Transaction:
+        self._acquire_for_change()
         return Transaction(self._engine, self._writer, self._retention, draft)
-
-    def dcp_writer(
-        self,
-        name: str = "latest",
-        *,
-        step: int | None = None,
-        sampler: Any = None,
-        metrics: Mapping[str, Any] | None = None,
-        metadata: JSON = None,
-    ) -> StoreWriter:
-        """Return the ``storage_writer`` for one `torch.distributed.checkpoint.save` or ``async_save``, to be called on every rank.
-
-        Each rank writes a file of its own; rank 0 of the process group commits them as one checkpoint, with its arguments, which are those
-        of `save`. If any rank fails, there is no checkpoint, and DCP raises a ``CheckpointException`` on every rank, with what each met
-        in its ``failures``. Only rank 0 acquires the store. ``use_collectives=False`` and ``enable_plan_caching=True`` are refused.
-
-        Raises:
-            InvalidName, UsageError: nothing was touched.
-            WrongVersion: not with this version of torch.
-        """
-        from .integrations.dcp import StoreWriter
-
-        return StoreWriter(self, Draft.check(name, step, metrics, metadata, sampler))
-
-    def dcp_reader(self, target: str | None = None, *, step: int | None = None, weights_only: bool = True) -> StoreReader:
-        """Return the ``storage_reader`` for `torch.distributed.checkpoint.load`, to be called on every rank.
-
-        Each rank reads the chunks that its part of the state is in, and checks them before anything is made of them. By name, a
-        checkpoint whose manifest or metadata is damaged is passed over for an older one, as by `load`; damage in the data makes
-        every rank raise: `dcp_resume` then goes on to an older one. All ranks load the same checkpoint, or all raise.
-
-        Args:
-            target, step: as for `load`.
-            weights_only: refuse what is no tensor unless ``torch.load(weights_only=True)`` loads it. (DCP itself never asks for that.)
-
-        Raises:
-            WrongVersion: not with this version of torch. What else is wrong is raised, on every rank, when it is used.
-        """
-        from .integrations.dcp import StoreReader
-
-        return StoreReader(self, target, step, weights_only)
 
     def acquire(self) -> None:
         """Make this job the owner of the store: nothing an older job does takes effect any more. Idempotent.
@@ -234,9 +182,10 @@ class Store:
         self._writer.acquire()
         self._collect_once()
 
-    def _acquire_first(self) -> None:
-        self._writer.begin()
-        self._collect_once()
+    def _acquire_for_change(self) -> None:
+        if self._arguments[1]:
+            self._writer.begin()
+            self._collect_once()
 
     def _collect_once(self) -> None:
         if not self._acquired:
@@ -421,66 +370,6 @@ class Store:
         checkpoint = restore_newest(self._engine, check_name(name), objects, sampler, map_location, weights_only, rng, ranks)
         self._note_resumed(checkpoint, ranks)
         return checkpoint
-
-    def dcp_resume(
-        self,
-        state_dict: dict[str, Any],
-        name: str = "latest",
-        *,
-        sampler: Any = None,
-        weights_only: bool = True,
-        planner: Any = None,
-        process_group: Any = None,
-    ) -> Checkpoint | None:
-        """Do what `resume` does, with `torch.distributed.checkpoint.load`, which fills `state_dict`. For what `dcp_writer` saved.
-
-        To be called on all ranks of `process_group`, the whole job if not given. Rank 0 acquires the store for all and looks up what there
-        is; where any rank finds it damaged, all fall back to the same older one.
-
-        Returns the checkpoint it resumed from, or None when the store is empty, on all ranks alike.
-
-        Raises:
-            Damaged, CheckpointNotFound, RankFailed, …: as `resume`, on all ranks.
-            WrongVersion: not with this version of torch.
-        """
-        from .integrations.dcp import load_newest
-
-        ranks = self._take_over(process_group, everybody=True)
-        checkpoint = load_newest(self, state_dict, check_name(name), weights_only, planner, process_group, ranks)
-        if checkpoint is not None:
-            restore_sampler(checkpoint, sampler, ranks)
-        self._note_resumed(checkpoint, ranks)
-        return checkpoint
-
-    def _take_over(self, process_group: Any, everybody: bool = False) -> Ranks | None:
-        """Acquire the store, for all ranks of a group if there is one; see whether a newer job has come since."""
-
-        def acquire() -> tuple[str, int | None]:
-            if self._arguments[1]:
-                self._acquire_first()
-            self.acquire()
-            return self._writer.owner, self._writer.epoch
-
-        ranks = ranks_of(process_group, everybody)
-        if ranks is None:
-            acquire()
-        else:
-            owner, epoch = ranks.on_first(acquire)
-            if epoch is not None and ranks.rank:
-                self._writer.join(owner, epoch)
-                self._acquired = True
-        return ranks
-
-    def _note_resumed(self, checkpoint: Checkpoint | None, ranks: Ranks | None) -> None:
-        """Write down what the job resumed from, so that retention, anybody's, keeps what it stands on."""
-        if checkpoint is None:
-            return
-
-        def note() -> None:
-            record = self._writer.commit(lambda now: replace(self._engine.write_down(now), resumed=checkpoint.id), new_op())
-            self._engine.committed(record)
-
-        note() if ranks is None else ranks.on_first(note)
 
     def checkpoint(self, target: str | None = None, *, step: int | None = None) -> Checkpoint:
         """Return a checkpoint by name ("latest" if nothing is given), by id, or by step (the newest with that step).

@@ -7,6 +7,7 @@ DCP raises on all of them, and there is no commit. A checkpoint's folder is laid
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import warnings
@@ -57,7 +58,7 @@ from ..transaction import Draft, Transaction
 from ._dcp_metadata import METADATA_FILE, StorageInfo, dump, parse
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from ..distributed import Distributed
 
 __all__ = ["BY", "StoreReader", "StoreWriter"]
 
@@ -106,7 +107,7 @@ class StoreWriter(StorageWriter):
     `dcp.save(…, checkpoint_id=name)` gives it another name.
     """
 
-    def __init__(self, store: Store, draft: Draft) -> None:
+    def __init__(self, store: Distributed, draft: Draft) -> None:
         super().__init__()
         self._store = store
         self._draft = draft
@@ -178,11 +179,14 @@ class StoreWriter(StorageWriter):
                 "that; leave it out"
             )
         engine = self._store._engine
+        if engine.unfinished:
+            gc.collect()  # what a failed save raised refers to the frames that have its writer, and they to what it raised
         engine.delete_abandoned()
-        transaction = self._store._transaction(self._draft)
+        transaction = self._store._begin(self._draft)
         transaction.by = BY
         self._transaction = self._open.enter_context(transaction)
-        self._given_up = weakref.finalize(self, engine.abandoned.add, transaction.id)
+        engine.unfinished.add(transaction.id)
+        self._given_up = weakref.finalize(self, engine.abandon, transaction.id)
         self._given_up.atexit = False
         return [
             replace(plan, storage_data=_Place(transaction.id, f"__{rank}_0.distcp"))  # the names that torch uses
@@ -219,7 +223,8 @@ class StoreWriter(StorageWriter):
             raise UsageError("finish was called on a rank that did not plan the save; is this DCP's coordinator?")
         transaction, given_up = self._transaction, self._given_up
         with self._open.pop_all():
-            given_up.detach()  # from here on the transaction cleans up by itself, if it may
+            given_up.detach()
+            self._store._engine.unfinished.discard(transaction.id)  # from here on the transaction cleans up by itself, if it may
             written = [_ours(result, transaction.id) for of_rank in results for result in of_rank]
             for result in written:
                 if result.file is not None:
@@ -286,7 +291,7 @@ class StoreReader(StorageReader):
     `dcp.load(…, checkpoint_id=name_or_id)` makes it read another one.
     """
 
-    def __init__(self, store: Store, target: str | None, step: int | None, weights_only: bool) -> None:
+    def __init__(self, store: Distributed, target: str | None, step: int | None, weights_only: bool) -> None:
         super().__init__()
         self._store = store
         self._target = target
@@ -404,7 +409,7 @@ def _metadata(checkpoint: Checkpoint) -> Metadata:
 
 
 def load_newest(
-    store: Store,
+    store: Distributed,
     state_dict: dict[str, Any],
     name: str,
     weights_only: bool,
