@@ -348,17 +348,15 @@ class Store(Distributed):
         Returns the checkpoint it resumed from, or None when the store is empty: start from the beginning then. What could not be looked
         up or read is an error, never None.
 
-        Each call finds its own way and waits for no other process. In a distributed job, where all ranks must go on from the same
-        checkpoint, call it on every rank with `process_group`.
+        Each call finds its own way and waits for no other process; for ranks to agree on one checkpoint, there is `process_group`.
 
         Args:
             objects: like the object that was saved: values with ``load_state_dict`` get their state, tensors are copied into, other values
                 in dicts and lists are replaced. What the checkpoint has beyond it is ignored.
             sampler: gets its state back. Required to be in the checkpoint if given.
             rng: restore the random generators if the checkpoint has them.
-            process_group: a group of `torch.distributed`, **all of whose ranks** make this call: any that does not leaves the others
-                waiting until the group's time is up. Rank 0 acquires the store for all and looks up what there is; all read it, and if one
-                finds it damaged, all fall back to the same older one. What rank 0 meets is raised on all.
+            process_group: a group of `torch.distributed`, **all of whose ranks** make this call, as for `save`. Rank 0 acquires the store
+                and looks for all, and raises for all; all read; if one finds damage, all fall back to the same older one.
 
         Raises:
             RankFailed: something else than damage came in the way on another rank of `process_group`.
