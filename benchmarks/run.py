@@ -24,6 +24,7 @@ BENCHMARKS = {
     "save_memory": "memory that a save and a load take",
     "small_save": "a 4 KiB save beside temp file, fsync, replace, fsync directory",
     "s3_requests": "requests to S3, and the memory of a save",
+    "scale": "10 000 checkpoints kept after a million commits, beside ten",
     "shared_folder": "JuiceFS mounted twice: racing commits; save and load beside plain files",
     "object_store": "save and load on S3 beside other clients",
 }

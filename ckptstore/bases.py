@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from .checksum import sha256
-from .entries import Base, Entries, new_base_name
+from .entries import Base, new_base_name
 from .errors import CkptStoreError, DamagedRecord, NotFound, Unreadable
 from .protocol import Backend
 from .record import RECORD_LIMIT, Record
@@ -90,7 +90,7 @@ class Bases:
         base, data = Base.make(new_base_name(record.n), record.checkpoints)
         if size <= len(data) // _SHARE:
             return record
-        based = replace(record, checkpoints=Entries((), base))
+        based = replace(record, checkpoints=record.checkpoints.based(base))
         try:
             for key in base_keys(base.name):
                 self._backend.put_if_absent(key, data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -184,6 +185,10 @@ class _damage:
             ) from None
 
 
+def _kind(entry: Entry) -> tuple[str, bool]:
+    return entry.name, entry.verified is False
+
+
 class Entries(Sequence[Entry]):
     """The checkpoints of one state, oldest commit first. Immutable."""
 
@@ -209,14 +214,38 @@ class Entries(Sequence[Entry]):
         """Return these with `entries` in the place of those with the same ids, or else at the end."""
         if not entries:
             return self
-        return self._like((*self.own.values(), *entries), self.gone)
+        more = Entries((*self.own.values(), *entries), self.base, self.gone)
+        if "_all" in vars(self) and not any(map(self.get, (e.id for e in entries))):
+            vars(more)["_all"] = self._all + entries  # need not be put together again
+            vars(more)["counts"] = self.counts + Counter(map(_kind, entries))
+        return more
 
-    def without(self, ids: Collection[str]) -> Entries:
-        """Return these but for `ids`."""
+    def without(self, ids: Collection[str]) -> tuple[Entries, tuple[str, ...]]:
+        """Return these but for `ids`, and which of `ids` were there, oldest commit first."""
         if not ids:
-            return self
-        gone = {i for i in ids if i in self.base.ids()} if self.base else set()
-        return self._like((e for e in self.own.values() if e.id not in ids), self.gone | gone)
+            return self, ()
+        left, kept, gone = set(ids), list[Entry](), list[Entry]()
+        everything = iter(self._all)
+        while left and (entry := next(everything, None)):
+            if entry.id in left:
+                left.remove(entry.id)
+                gone.append(entry)
+            else:
+                kept.append(entry)
+        if not gone:
+            return self, ()
+        old = {e.id for e in gone if e.id in self.base.ids()} if self.base else set()
+        fewer = Entries((e for e in self.own.values() if e.id not in ids), self.base, self.gone | old)
+        vars(fewer)["_all"] = (*kept, *everything)
+        vars(fewer)["counts"] = self.counts - Counter(map(_kind, gone))
+        return fewer, tuple(e.id for e in gone)
+
+    def based(self, base: Base) -> Entries:
+        """Return the same, all of which are in `base`."""
+        same = Entries((), base)
+        vars(same)["_all"] = self._all
+        vars(same)["counts"] = self.counts
+        return same
 
     def on(self, base: Base) -> Entries:
         """Return the same, where `base` is another object with the content of the base."""
@@ -230,8 +259,10 @@ class Entries(Sequence[Entry]):
                 found[checkpoint_id] = entry
         return [*found.values()]
 
-    def _like(self, own: Iterable[Entry], gone: frozenset[str]) -> Entries:
-        return Entries(own, self.base, gone)
+    @cached_property
+    def counts(self) -> Counter[tuple[str, bool]]:
+        """How many there are, by the name that they were saved under, and whether they were found damaged."""
+        return Counter(map(_kind, self._all))
 
     @cached_property
     def _all(self) -> tuple[Entry, ...]:

@@ -54,12 +54,12 @@ class Record:
 
     def without(self, ids: set[str]) -> Record:
         """Return this state with the checkpoints `ids`, and the names that point to them, retired."""
-        if not ids:
+        checkpoints, gone = self.checkpoints.without(ids)
+        if not gone:
             return self
-        gone = tuple(e.id for e in self.checkpoints if e.id in ids)
         return replace(
             self,
-            checkpoints=self.checkpoints.without(ids),
+            checkpoints=checkpoints,
             names={name: i for name, i in self.names.items() if i not in ids},
             retired=self.retired + gone,
             resumed=None if self.resumed in ids else self.resumed,

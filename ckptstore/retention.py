@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .entries import Entries
 from .errors import InvalidOption
 from .record import Entry, Record
 
@@ -43,33 +45,46 @@ def expired(state: Record, rules: Retention, keep: Iterable[str] = ()) -> set[st
     Always kept: what a name points to, what the job resumed from, the newest that was read back whole, and the ids `keep`. A checkpoint
     found damaged never counts towards a rule in the place of a whole one.
     """
-    entries = state.checkpoints
     if rules.keep_last is None:
         return set()
+    gone = _not_last(state.checkpoints, rules.keep_last)
+    if gone and rules.keep_every is not None:
+        gone = [e for e in gone if e.step is None or e.step % rules.keep_every]
+    if not gone:
+        return set()
     kept = {*keep, *state.names.values(), state.resumed}
-    kept.update([e.id for e in entries if e.verified][-1:])
-    whole = [e for e in entries if e.verified is not False]
-    kept |= _by_rules(entries, rules) | _by_rules(whole, rules)
-    return {e.id for e in entries} - kept
-
-
-def _by_rules(entries: Iterable[Entry], rules: Retention) -> set[str]:
-    entries = list(entries)
-    kept: set[str] = set()
-    if rules.keep_last is not None:
-        by_name: dict[str, list[str]] = {}
-        for entry in entries:
-            by_name.setdefault(entry.name, []).append(entry.id)
-        for ids in by_name.values():
-            kept.update(ids[-rules.keep_last :])
-    if rules.keep_every is not None:
-        kept.update(e.id for e in entries if e.step is not None and e.step % rules.keep_every == 0)
+    if any(e.verified for e in gone):
+        kept.update([e.id for e in state.checkpoints if e.verified][-1:])
     if rules.keep_best is not None and rules.best_metric is not None:
-        sign = 1 if rules.best_mode == "min" else -1
-        scored = [
-            (sign * e.metrics[rules.best_metric], -i, e.id) for i, e in enumerate(entries) if rules.best_metric in e.metrics
-        ]
-        # A NaN is no score at all; among equals the newer one wins.
-        ranked = sorted(item for item in scored if not math.isnan(item[0]))
-        kept.update(checkpoint_id for _, _, checkpoint_id in ranked[: rules.keep_best])
-    return kept
+        whole = [e for e in state.checkpoints if e.verified is not False]
+        kept |= _best(state.checkpoints, rules.best_metric, rules) | _best(whole, rules.best_metric, rules)
+    return {e.id for e in gone} - kept
+
+
+def _not_last(entries: Entries, keep: int) -> list[Entry]:
+    """Return those that are not among the newest `keep` saved under their name, nor, if they are whole, among the newest whole ones.
+
+    Begins with the oldest, and ends where all that come are kept: of thousands that are kept, few are looked at.
+    """
+    found = list[Entry]()
+    left = Counter(entries.counts)
+    more = {name for name, _ in left if left[name, False] + left[name, True] > keep}
+    for entry in entries if more else ():
+        name, damaged = entry.name, entry.verified is False
+        if name in more:
+            if left[name, False] + left[name, True] * damaged > keep:
+                found.append(entry)
+            left[name, damaged] -= 1
+            if left[name, False] + left[name, True] <= keep:
+                more.remove(name)
+                if not more:
+                    break
+    return found
+
+
+def _best(entries: Iterable[Entry], metric: str, rules: Retention) -> set[str]:
+    sign = 1 if rules.best_mode == "min" else -1
+    scored = [(sign * e.metrics[metric], -i, e.id) for i, e in enumerate(entries) if metric in e.metrics]
+    # A NaN is no score at all; among equals the newer one wins.
+    ranked = sorted(item for item in scored if not math.isnan(item[0]))
+    return {checkpoint_id for _, _, checkpoint_id in ranked[: rules.keep_best]}

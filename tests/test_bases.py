@@ -148,13 +148,15 @@ def test_entries_are_as_a_plain_list(steps: list[Step]) -> None:
             judged = Entry(picked.id, picked.step, picked.name, 1.0, 1, "0" * 64, {}, chosen % 2 == 0)
             entries, plain = entries.put(judged), [judged if e.id == judged.id else e for e in plain]
         elif what == "delete" and picked:
-            entries, plain = entries.without({picked.id}), [e for e in plain if e.id != picked.id]
+            entries, gone = entries.without({picked.id, "e1-ffffffffffff"})
+            assert gone == (picked.id,)
+            plain = [e for e in plain if e.id != picked.id]
         elif what == "base":
             base, data = Base.make(f"{number + 1:012d}-0123456789ab", entries)
             assert sha256(data) == base.digest
             again = Base(base.name, base.digest, base.before)
             again.read = lambda data=data: data  # type: ignore[misc]
-            entries = Entries((), again if chosen % 2 else base)
+            entries = Entries((), again) if chosen % 2 else entries.based(base)
         elif what == "read":
             names = {f"name{i}": plain[i].id for i in range(min(chosen, len(plain)))}
             record = Record(n=number + 50, epoch=1, owner="me", op="x", names=names, checkpoints=entries)
@@ -164,6 +166,7 @@ def test_entries_are_as_a_plain_list(steps: list[Step]) -> None:
             entries = found.checkpoints.on(entries.base) if entries.base else found.checkpoints
         assert [e.json for e in entries] == [e.json for e in plain]
         assert entries.ids() == {e.id for e in plain}
+        assert +entries.counts == Counter((e.name, e.verified is False) for e in plain)
         assert (len(entries), bool(entries)) == (len(plain), bool(plain))
         for entry in plain:
             found_entry = entries.get(entry.id)

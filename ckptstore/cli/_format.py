@@ -82,8 +82,9 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
     Args:
         right: the columns that are aligned to the right.
     """
-    columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    widths = {i: max(len(row[i]) for row in rows) for i in columns}
-    return [
-        "  ".join(row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in columns).rstrip() for row in rows
-    ]
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        if any(column[1:]):
+            width = max(map(len, column))
+            columns.append([text.rjust(width) if i in right else text.ljust(width) for text in column])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)] if columns else [""] * len(rows)

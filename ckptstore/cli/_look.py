@@ -22,16 +22,17 @@ def ls(args: argparse.Namespace, store: Store, out: Output) -> int:
     """Print a table of all checkpoints, newest last."""
     head = newest(store)
     state = head.record
-    out.document["checkpoints"] = [entry_json(state, entry) for entry in state.checkpoints]
+    if out.as_json:
+        out.document["checkpoints"] = [entry_json(state, entry) for entry in state.checkpoints]
     out.document["names"] = dict(sorted(state.names.items()))
     out.document["spared"] = sorted(state.spared)
     out.document["damage"] = damage_json(record_damage(head))
-    if state.checkpoints:
+    if state.checkpoints and not out.as_json:
         rows: list[tuple[str, ...]] = [("ID", "STEP", "AGE", "SIZE", "SAVED AS", "NAMES", "METRICS", "NOTE")]
-        rows += [_row(state, entry) for entry in state.checkpoints]
-        for line in _format.table(rows, right=(1, 2, 3)):
-            out.say(line)
-    else:
+        names = {i: ", ".join(names_of(state, i)) for i in {*state.names.values()}}
+        rows += [_row(state, entry, names.get(entry.id, "")) for entry in state.checkpoints]
+        out.say("\n".join(_format.table(rows, right=(1, 2, 3))))
+    elif not state.checkpoints:
         out.say(f"{store.url} holds no checkpoints")
     for checkpoint_id in sorted(state.spared):
         out.say(
@@ -40,14 +41,14 @@ def ls(args: argparse.Namespace, store: Store, out: Output) -> int:
     return DAMAGED if head.damaged else 0
 
 
-def _row(state: Record, entry: Entry) -> tuple[str, ...]:
+def _row(state: Record, entry: Entry, names: str) -> tuple[str, ...]:
     return (
         entry.id,
         "" if entry.step is None else str(entry.step),
         _format.age(time.time() - entry.created),
         _format.size(entry.nbytes),
         entry.name,
-        ", ".join(names_of(state, entry.id)),
+        names,
         # Escaped before widths are measured.
         _format.printable(_format.metrics(dict(entry.metrics))),
         _note(state, entry),

@@ -29,8 +29,7 @@ class Output:
     def say(self, text: str = "") -> None:
         """Print a text for people, whose line ends are kept."""
         if not self.as_json:
-            for line in text.split("\n"):
-                self._print(printable(line))
+            self._print("\n".join(map(printable, text.split("\n"))))
 
     def fail(self, kind: str, message: str) -> None:
         """Report the error that ends the command; `kind` is its type's name."""
