@@ -385,6 +385,24 @@ class TestResume:
             refused(errors.Fenced, save, older, {"x": torch.ones(2)})
 
 
+def test_the_example_in_the_readme(tmp_path: Path) -> None:
+    """As it stands, and once more."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```python dcp\n")[2].partition("```")[0]
+    train = "model(torch.ones(2, 4)).sum().backward(); optimizer.step()"
+    seen = []
+    for step in (1, 2):
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with Store(tmp_path) as store:
+            names = {"model": model, "optimizer": optimizer, "store": store, "step": step, "torch": torch}
+            exec(example.replace("...", train if step == 1 else ""), names)
+            assert [c.step for c in store.checkpoints()] == [*range(1, step + 1)]
+        seen.append([model.weight, optimizer.state[model.weight]["exp_avg"]])
+    for first, second in zip(*seen, strict=True):
+        assert first.equal(second)
+
+
 def test_with_a_key(tmp_path: Path) -> None:
     """What other ranks wrote is as authentic as what this one did."""
     with Store(tmp_path, hmac_key=b"sixteen bytes or more") as store:

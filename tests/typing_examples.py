@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import assert_type
 
@@ -76,6 +79,14 @@ def look_around(store: ckptstore.Store, folder: Path) -> None:
 
 def save_one_file(path: Path) -> None:
     ckptstore.atomic_torch_save({"weight": torch.zeros(3)}, path)
+
+
+def train_on_many_ranks(store: ckptstore.Store, state: dict[str, Any]) -> None:
+    assert_type(store.dcp_resume(state), ckptstore.Checkpoint | None)
+    save_distributed(state, storage_writer=store.dcp_writer("latest", step=1))
+    load_distributed(state, storage_reader=store.dcp_reader("latest"))
+    assert_type(store.save(state, process_group=torch.distributed.group.WORLD), ckptstore.Checkpoint)
+    assert_type(store.resume(state, process_group=torch.distributed.group.WORLD), ckptstore.Checkpoint | None)
 
 
 def handle_errors(store: ckptstore.Store) -> None:
