@@ -55,12 +55,12 @@ _SIGNS = {
     "complete_multipart_upload": ("ETag",),
     "get_object": ("ETag", "ContentLength"),
     "head_object": ("ETag", "ContentLength"),
-    "list_multipart_uploads": ("IsTruncated",),
+    "list_multipart_uploads": ("MaxUploads", "IsTruncated"),
     "list_objects_v2": ("IsTruncated",),
     "put_object": ("ETag",),
     "upload_part": ("ETag",),
 }
-"""What every answer of S3 to these holds."""
+"""What every answer of S3 to these holds, or of a listing one of them: some services do not say that one is complete."""
 _PIECE = 1 << 18
 """Bytes that are given to a connection at a time, each within its time-out: a whole part would have to go out within 10 s."""
 _AMAZON = re.compile(r".*\.amazonaws\.(com|com\.cn|eu)")
@@ -109,10 +109,10 @@ class Bucket:
             if found == credentials:
                 raise
             answer = getattr(client, operation)(**params)
-        for sign in _SIGNS.get(operation, ()):
-            if answer.get(sign) is None:
-                # A 200 of something in between, a proxy or a log-in page: to the SDK, an object without attributes, or no objects.
-                raise ResponseParserError(f"the answer has no {sign}, so it is not S3's; look at endpoint_url and the network")
+        missing = [sign for sign in _SIGNS.get(operation, ()) if answer.get(sign) is None]
+        if missing and (not operation.startswith("list_") or missing == [*_SIGNS[operation]]):
+            # A 200 of something in between, a proxy or a log-in page: to the SDK, an object without attributes, or no objects.
+            raise ResponseParserError(f"the answer has no {missing[0]}, so it is not S3's; look at endpoint_url and the network")
         return answer
 
     def put(self, key: str, data: bytes, **condition: str) -> str | None:

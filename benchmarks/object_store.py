@@ -1,7 +1,9 @@
-"""Saving and loading 1 GiB on S3 beside other clients, on one real server (SeaweedFS, on this machine), in alternating rounds.
+"""Saving and loading 1 GiB on S3 beside other clients, on real servers on this machine, in alternating rounds.
 
 Each client does what its users do: it writes what ``torch.save`` makes and reads it back with ``torch.load``. Only `Store` checks every
-byte that it loads. CPU seconds are those of the client's process; the server's are not in them. Each round begins with another client.
+byte that it loads. CPU seconds are those of the client's process; the server's are told beside them, because both share the CPUs: where
+it takes many times as many, no client can be much faster than another. SeaweedFS compares the CRC-64/NVME of each part. rclone takes less,
+and compares only Content-MD5, which `Store` sends to it in place of the CRC, and of the others none.
 """
 
 import io
@@ -9,22 +11,31 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import boto3
 import obstore
 import s3fs
 import torch
 from obstore.store import S3Store
-from paired import SIZE, Target, large, paired, report
+from paired import SIZE, Target, figure, large, paired, report
 from s3torchconnector import S3Checkpoint, S3ClientConfig
-from services import seaweedfs_server
+from services import rclone_server, seaweedfs_server
 
 import ckptstore
 
+OURS = "ckptstore"
+ROUNDS = 3
+SERVERS = [
+    ("SeaweedFS", seaweedfs_server, ""),
+    ("rclone serve s3", rclone_server, "&single_writer=1&checksum=when_required"),  # it ignores conditions
+]
 
-def clients(url: str, bucket: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+
+def clients(url: str, bucket: str, options: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Return how each client saves and loads."""
-    store = ckptstore.Store(f"s3://{bucket}/ours?keep_last=1&endpoint_url={url}")
+    store = ckptstore.Store(f"s3://{bucket}/ours?keep_last=1&endpoint_url={url}{options}")
     sdk = boto3.client("s3", endpoint_url=url)
     fs = s3fs.S3FileSystem(endpoint_url=url, skip_instance_cache=True)
     connector = S3Checkpoint("us-east-1", endpoint=url, s3client_config=S3ClientConfig(force_path_style=True))
@@ -68,7 +79,7 @@ def clients(url: str, bucket: str) -> dict[str, tuple[Callable[[], object], Call
         return torch.load(io.BytesIO(obstore.get(rust, "obstore/state.pt").bytes()))
 
     return {
-        "ckptstore": (lambda: store.save(state, step=0), store.load),
+        OURS: (lambda: store.save(state, step=0), store.load),
         "boto3 transfer manager": (by_sdk, from_sdk),
         "s3fs": (by_s3fs, from_s3fs),
         "s3torchconnector": (by_connector, from_connector),
@@ -76,14 +87,30 @@ def clients(url: str, bucket: str) -> dict[str, tuple[Callable[[], object], Call
     }
 
 
+def client_cpu(result: dict[str, Any]) -> float:
+    """Return the CPU seconds that our process takes for a GB."""
+    return round(median(result["runs"][OURS]["cpu"]) / (SIZE / 1e9), 2)
+
+
+def server_cpu(pid: int) -> float:
+    """Return the CPU seconds that a process has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 state = large()
-with seaweedfs_server(Path(sys.argv[1])) as server:
-    os.environ.update(server.env)
-    ways = clients(server.endpoint_url, server.new_bucket())
-    ours, *others = ways
-    results = []
-    for number, what in enumerate(("save", "load")):
-        calls = {name: pair[number] for name, pair in ways.items()}
-        targets = [Target(ours, other, round(1 / 1.3, 2)) for other in others]
-        results.append(paired(f"{what} on S3 (SeaweedFS)", calls, 3, targets, size=SIZE))
+results: list[dict[str, Any]] = []
+for name, start, options in SERVERS:
+    (folder := Path(sys.argv[1]) / name).mkdir()
+    with start(folder) as server:
+        os.environ.update(server.env)
+        ways = clients(server.endpoint_url, server.new_bucket(), options)
+        for number, what in enumerate(("save", "load")):
+            calls = {way: pair[number] for way, pair in ways.items()}
+            targets = [Target(OURS, other, round(1 / 1.3, 2)) for other in ways if other != OURS]
+            before = server_cpu(server.pid)
+            results.append(paired(f"{what} on S3 ({name})", calls, ROUNDS, targets, size=SIZE))
+            taken = (server_cpu(server.pid) - before) / (len(ways) * (ROUNDS + 1) * SIZE / 1e9)
+            note = f"the server takes {taken:.1f} s for a GB, on the same {len(os.sched_getaffinity(0))} CPUs"
+            results.append(figure(f"client CPU of a {what} on S3 ({name})", client_cpu(results[-1]), "s/GB", 1.2, note))
 report(*results)

@@ -53,6 +53,8 @@ class Server:
         self.endpoint_url = endpoint_url
         self.env = {"AWS_ACCESS_KEY_ID": KEYS[0], "AWS_SECRET_ACCESS_KEY": KEYS[1], "AWS_DEFAULT_REGION": "us-east-1"}
         """By which an SDK finds the credentials."""
+        self.pid = 0
+        """Of the process that serves, if it is one."""
         self._numbers = itertools.count()
 
     def new_bucket(self) -> str:
@@ -113,7 +115,9 @@ def _running(command: Sequence[str], port: int, folder: Path, kind: type[Server]
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"{command[0]} does not answer; it said:\n{log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.1)
-        yield kind(url)
+        server = kind(url)
+        server.pid = process.pid
+        yield server
     finally:
         process.kill()  # nobody wants the data, and ending in peace takes seconds
         process.wait()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from s3_rig import Service
+from s3_rig import PART, Service, keys, location_of
 
 from ckptstore import Store
 from ckptstore.cli import main
@@ -56,15 +56,31 @@ def test_readers_need_no_condition(service: Service) -> None:
 
 
 def test_a_single_writer_is_served(service: Service) -> None:
+    numbers = 2_000_000  # 8 MB: two parts
     url = service.url(single_writer=1, keep_last=2)
     for launch in ("a", "b"):
         with Store(url, owner=launch) as store:
-            state = {"w": torch.zeros(1_000_000)}
+            state = {"w": torch.zeros(numbers)}
             found = store.resume(state)
             assert (found is None) == (launch == "a")
-            assert found is None or (found.step == 3 and torch.equal(state["w"], torch.full((1_000_000,), 3.0)))
+            assert found is None or (found.step == 3 and torch.equal(state["w"], torch.full((numbers,), 3.0)))
             for step in range(4):
-                store.save({"w": torch.full((1_000_000,), float(step))}, step=step)
+                store.save({"w": torch.full((numbers,), float(step))}, step=step)
             store.tag("best", "latest")
             assert store.verify() == []
             assert len(store.checkpoints()) == (2 if launch == "a" else 3)  # what was resumed from is kept
+
+
+def test_an_upload_that_nobody_finished_is_found(service: Service) -> None:
+    url = service.url(single_writer=1)
+    with Store(url, owner="a") as store:
+        store.save({"x": 1}, step=1)
+    backend = service.backend(location_of(url))
+    writer = backend.open_writer("data/e1-s2-0123456789ab/state.pt")
+    writer.write(0, memoryview(bytes(PART)), 0)
+    (left,) = [key for key in keys(backend) if key.endswith(".partial")]
+    with Store(url, owner="b") as store:
+        store.acquire()
+        store.gc()
+        assert store.load()["x"] == 1
+    assert left not in keys(backend)
