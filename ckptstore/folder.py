@@ -288,7 +288,8 @@ class FolderBackend:
     def _settle_root(self) -> None:
         """Flush the folders above the root. Once per backend, whoever made them: that one may have been killed before its flush."""
         path = os.path.realpath(self.root)
-        while not os.path.ismount(path):
+        # ismount says no as well where it cannot look: the top is the end all the same.
+        while path != os.path.dirname(path) and not os.path.ismount(path):
             path = os.path.dirname(path)
             try:
                 fsync_dir(path)

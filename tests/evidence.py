@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["FILE", "OURS", "SUBJECTS", "record", "table"]
+__all__ = ["FILE", "OURS", "SUBJECTS", "record", "remark", "table"]
 
 OURS = "ckptstore"
 SUBJECTS = (OURS, "torch.save", "tmp + os.replace", "DCP")
@@ -30,8 +30,17 @@ def record(experiment: str, *, points: int, fired: int, violations: int, subject
     """
     assert subject in SUBJECTS
     assert 0 <= violations <= fired <= points
+    _add([experiment, subject, points, fired, violations])
+
+
+def remark(text: str) -> None:
+    """Add a line for below the table."""
+    _add([text])
+
+
+def _add(found: list[object]) -> None:
     if file := os.environ.get(FILE):
-        line = json.dumps([experiment, subject, points, fired, violations]) + "\n"
+        line = json.dumps(found) + "\n"
         fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(fd, line.encode())  # at once: other processes add theirs
@@ -42,8 +51,13 @@ def record(experiment: str, *, points: int, fired: int, violations: int, subject
 def table(lines: str) -> Iterator[str]:
     """Yield the lines of the table, in Markdown."""
     found: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+    remarks = []
     for line in lines.splitlines():
-        experiment, subject, *numbers = json.loads(line)
+        experiment, *of = json.loads(line)
+        if not of:
+            remarks.append(experiment)
+            continue
+        subject, *numbers = of
         found[experiment].update({(subject, what): n for what, n in zip(("points", "fired", "violations"), numbers, strict=True)})
     yield f"| experiment | points | fired | {' | '.join(f'{s}: violations' for s in SUBJECTS)} |"
     yield "|---|" + "---:|" * (2 + len(SUBJECTS))
@@ -55,6 +69,9 @@ def table(lines: str) -> Iterator[str]:
             of = "" if subject == OURS else f" of {fired}"
             cells.append(f"{counts[subject, 'violations']}{of}" if fired else "–")
         yield f"| {experiment} | {' | '.join(cells)} |"
+    if remarks:
+        yield ""
+        yield from remarks
 
 
 if __name__ == "__main__":

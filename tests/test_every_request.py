@@ -44,20 +44,20 @@ def side(service: str, request: pytest.FixtureRequest) -> Iterator[Side]:
 
 
 def test_something_happens_to_each_request(side: Side, service: str) -> None:
-    """A sample: each request meets one of what can happen to it, by turns."""
+    """A sample: every second request meets one of what can happen to it, by turns."""
     kinds = cycle(KINDS[service].items())
     points = fired = 0
     with closing(World(side)) as world:
         for name, operation in OPERATIONS.items():
             requests = requests_of(world, operation)
-            for at, request in enumerate(requests):
+            for at, request in list(enumerate(requests))[points % 2 :: 2]:
                 kind, what = next(k for k in kinds if k[1].applies(request))
                 tried = strike(world, operation, sum(map(what.applies, requests[: at + 1])), what)
                 assert tried.violations == [], (name, str(request), kind)
                 points += 1
                 fired += tried.fired
         world.check_all()
-    assert points > 60
+    assert points > 30
     assert fired > 0.9 * points
 
 

@@ -14,9 +14,12 @@ def test_results_of_one_experiment_are_added_up(tmp_path: Path, monkeypatch: pyt
     evidence.record("b", points=5, fired=5, violations=1)
     evidence.record("b", subject="DCP", points=4, fired=3, violations=2)
     evidence.record("a", points=1, fired=1, violations=0)
+    evidence.remark("b is odd")
     assert list(evidence.table((tmp_path / "found").read_text()))[2:] == [
         "| a | 1 | 1 | 0 | – | – | – |",
         "| b | 15 | 13 | 1 | – | – | 2 of 3 |",
+        "",
+        "b is odd",
     ]
 
 

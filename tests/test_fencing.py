@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import evidence
 import pytest
 from procs import Channel, Nursery, litter, nursery
 
@@ -210,6 +211,7 @@ def test_stopped_at_any_moment(tmp_path: Path, warm: Nursery, rounds: int) -> No
         assert new.verify() == []
         assert litter(new) == []
         new.close()
+    evidence.record("an old job stops at random moments", points=rounds, fired=rounds, violations=0)
 
 
 # -- ranks of one launch share an epoch

@@ -383,16 +383,16 @@ print(refused, len(files))
 
 
 @linux
-def test_loading_1_gib_takes_the_buffer_and_the_result() -> None:
+def test_loading_takes_the_buffer_and_the_result() -> None:
     out = in_child("""
 class Sink:
-    def __init__(self): self.data, self.n = bytearray((1 << 30) + (1 << 20)), 0
+    def __init__(self): self.data, self.n = bytearray((1 << 28) + (1 << 20)), 0
     def write(self, piece):
         self.data[self.n : self.n + len(piece)] = piece
         self.n += len(piece)
         return len(piece)
 
-state = {i: torch.zeros(1 << 26) for i in range(4)}  # 4 × 256 MiB
+state = {i: torch.zeros(1 << 24) for i in range(4)}  # 4 × 64 MiB
 sink = Sink()
 before = status("VmHWM:")
 torchfile.save(state, sink)
@@ -401,7 +401,7 @@ del state
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak
 before = status("VmRSS:")
 state = torchfile.load(memoryview(sink.data)[: sink.n])
-print(status("VmHWM:") - before - (1 << 30))
+print(status("VmHWM:") - before - (1 << 28))
 """)
     saving, loading = map(int, out.split())
     assert saving < 64 << 20
@@ -466,7 +466,7 @@ def test_random_pickles_of_plain_objects_are_never_refused() -> None:
         items = [value(depth - 1) for _ in range(rng.choice([0, 1, 2, 3, 4, 30]))]
         return items if kind < 11 else tuple(items) if kind < 13 else dict(enumerate(items))
 
-    for _ in range(50):
+    for _ in range(20):
         shared: list[Any] = [torch.zeros(4), [1, 2, 3], "same" * 100, torch.Size([1, 2])]
         obj = [value(4) for _ in range(5)]
         file = io.BytesIO()

@@ -472,3 +472,14 @@ def test_a_media_error_is_told_from_other_errors(tmp_path: Path, monkeypatch: py
         patch.setattr(os, "stat", lost)
         backend.stat("data/x")
     assert not isinstance(caught.value, Unreadable)
+
+
+def test_where_the_top_cannot_be_looked_at_the_flushes_above_the_root_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ismount() says no when its own look fails."""
+    looks = iter([False] * 100)
+    monkeypatch.setattr(os.path, "ismount", lambda path: next(looks))
+    backend = LocalBackend.open(str(tmp_path / "store"), {})
+    backend.put_if_absent("log/1", b"x")
+    assert backend.get("log/1", 10) == b"x"

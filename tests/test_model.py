@@ -489,14 +489,14 @@ NO_LONG_SEARCH = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 
 def test_in_memory() -> None:
     run_state_machine_as_test(
-        StoreMachine, settings=settings(COMMON, max_examples=200, stateful_step_count=50, derandomize=True, phases=NO_LONG_SEARCH)
+        StoreMachine, settings=settings(COMMON, max_examples=60, stateful_step_count=50, derandomize=True, phases=NO_LONG_SEARCH)
     )
 
 
 def test_on_a_disk() -> None:
     run_state_machine_as_test(
         LocalStoreMachine,
-        settings=settings(COMMON, max_examples=15, stateful_step_count=50, derandomize=True, phases=NO_LONG_SEARCH),
+        settings=settings(COMMON, max_examples=6, stateful_step_count=50, derandomize=True, phases=NO_LONG_SEARCH),
     )
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import evidence
 import pytest
 from conftest import mounted, require
 from procs import Channel, Nursery, litter, nursery
@@ -228,6 +229,7 @@ def test_power_cut_at_any_step(ram: Path, warm: Nursery, kind: str, mode: int, s
         for step in range(2, 12):
             save_parts(store, "latest", step)
         names = dict(store.names())
+    points = fired = 0
     for start, known, seed in ((empty, {}, 3), (grown, names, 5)):
         for at in count(1, stride):
             ledger = Ledger()
@@ -237,9 +239,12 @@ def test_power_cut_at_any_step(ram: Path, warm: Nursery, kind: str, mode: int, s
             with disk.plugged_in() as folder:
                 ledger.check(place(folder))
                 go_on(place(folder))
+            points += 1
+            fired += not ended
             if ended:
                 break
         assert at > 100
+    evidence.record(f"power cut before every change, {kind}", points=points, fired=fired, violations=0)
 
 
 def go_on(url: str) -> None:
@@ -261,6 +266,7 @@ def test_many_power_cuts_of_one_disk(ram: Path, warm: Nursery, kind: str, cuts: 
         live_and_die(warm, ledger, disk, seed, rng.randint(1, 150), rng.choice((LOG_FLUSHED, NOTHING_FLUSHED)))
         with disk.plugged_in() as folder:
             ledger.check(place(folder))
+    evidence.record(f"power cuts of one disk at random moments, {kind}", points=cuts, fired=cuts, violations=0)
     assert ledger.done > cuts // 4
     assert ledger.cut_short > cuts // 3
 
@@ -350,8 +356,9 @@ def settle_in(grown: Path, disk: Path) -> Ledger:
 @SMALL
 @pytest.mark.parametrize("stride", [pytest.param(13, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
 def test_disk_full_at_any_step(ram: Path, grown: Path, kind: str, stride: int) -> None:
-    refused = 0
+    refused = tried = 0
     for at in count(1, stride):
+        tried += 1
         with small_disk(ram, kind) as disk:
             ledger = settle_in(grown, disk)
             with Store(place(disk), keep_last=1) as store:
@@ -368,6 +375,7 @@ def test_disk_full_at_any_step(ram: Path, grown: Path, kind: str, stride: int) -
             ledger.check(place(disk))
         if not steps.struck:
             break
+    evidence.record("disk full before every change", points=tried, fired=tried, violations=0)
     assert refused >= 4
 
 
@@ -446,7 +454,9 @@ def test_disk_turns_read_only_at_any_step(ram: Path, grown: Path, stride: int) -
     with start.plugged_in() as folder:
         names = settle_in(grown, folder).names
     met = set()
+    tried = 0
     for at in count(1, stride):
+        tried += 1
         ledger = Ledger()
         ledger.names = {**names}
         disk = start.copy(ram / "disk")
@@ -469,6 +479,7 @@ def test_disk_turns_read_only_at_any_step(ram: Path, grown: Path, stride: int) -
         met |= {type(error) for _, error in errors}
         if not steps.struck:
             break
+    evidence.record("disk turns read-only before every change", points=tried, fired=tried, violations=0)
     assert PermissionDenied in met
 
 

@@ -10,6 +10,7 @@ import json
 import random
 from collections import Counter
 
+import evidence
 import pytest
 from protocol_model import BUGS, Config, Process
 from protocol_replay import walk
@@ -66,6 +67,7 @@ def run(configs: dict[str, Config]) -> None:
     faults = {kind: n for kind, n in kinds.items() if kind[1] in FAULTS or kind[0] == "restarts"}
     row = {"experiment": "protocol model", "states": states, "steps": steps, "kinds of fault": len(faults)}
     print(json.dumps({**row, "faults fired": sum(faults.values()), "violations": 0}))
+    evidence.record("protocol model: states", points=states, fired=states, violations=0)
     for outcome in ("done", "failed", "unknown", "fenced"):
         assert outcomes["save", outcome], "the search was too small to show anything"
 
@@ -83,6 +85,9 @@ def test_nothing_is_wrong_in_any_of_many_states() -> None:
 def test_a_mistake_is_found(bug: str) -> None:
     found = explore(FINDERS.get(bug, FINDER)._replace(bug=bug))
     print(f"{bug}: after {found.states} states\n{found.told()}")
+    evidence.record(
+        "protocol model: mistakes planted, of which violations were not found", points=1, fired=1, violations=not found.violation
+    )
     assert found.violation
     assert found.trace
 
@@ -95,6 +100,7 @@ def test_the_code_does_what_the_model_says(rounds: int) -> None:
     faults = {kind: n for kind, n in seen.items() if kind[1] in FAULTS or kind[0] == "restarts"}
     row = {"experiment": "code beside the model", "walks": rounds * len(LED), "steps": steps, "kinds of fault": len(faults)}
     print(json.dumps({**row, "faults fired": sum(faults.values()), "violations": 0}))
+    evidence.record("the code beside the model: steps with a fault", points=steps, fired=sum(faults.values()), violations=0)
     assert {kind[0] for kind in seen} >= {
         "look take",
         "put",

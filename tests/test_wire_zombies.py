@@ -100,13 +100,13 @@ def _judge(world: World, error: BaseException | None, before: object, newer: obj
 
 
 def test_an_old_job_hangs_at_a_request(side: Side, service: str) -> None:  # noqa: F811
-    """A sample: every sixth request, in one of the ways, by turns."""
+    """A sample: every twelfth request, in one of the ways, by turns."""
     ways = itertools.cycle(WAYS.values())
     fired = points = 0
     with closing(World(side)) as world:
         for name in CHANGING:
             n = len(requests_of(world, OPERATIONS[name]))
-            for nth in range(1 + points % 6, n + 1, 6):
+            for nth in range(1 + points % 7, n + 1, 12):
                 outcome = hang(world, OPERATIONS[name], nth, next(ways))
                 assert outcome.violations == [], (name, nth)
                 fired += outcome.fired
