@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import ClassVar, Generic, TypeVar
 
 from .errors import BackendError, InvalidName, InvalidURL
-from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, read_full, write_all, wrong_kind
+from .posix import Folders, NewFile, close_read, fsync_dir, mapped_errors, nearest_existing, read_full, write_all, wrong_kind
 from .protocol import ObjectInfo
 
 __all__ = ["MOVED", "FolderBackend", "FolderWriter", "absolute", "segments"]
@@ -77,7 +77,7 @@ class FolderBackend:
                 got = read_full(fd, 0, memoryview(buffer))
                 return bytes(memoryview(buffer)[:got])
             finally:
-                os.close(fd)
+                close_read(fd)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """See `Backend.read_into`."""
@@ -95,7 +95,7 @@ class FolderBackend:
         try:
             yield fd, size
         finally:
-            os.close(fd)
+            close_read(fd)
 
     def stat(self, key: str) -> ObjectInfo:
         """See `Backend.stat`."""

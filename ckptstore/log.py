@@ -116,7 +116,7 @@ class Log:
         found = list(head.damaged)
         for n in range(head.record.n - 1, max(head.slot - _WHOLE, 0), -1):
             try:
-                self._decode(self._backend.get(slot_key(n), RECORD_LIMIT), n)
+                self._decode(self._get(n), n)
             except (DamagedRecord, NotFound, Unreadable) as exc:
                 found.append(str(exc))
         return found + self._bases.damage(head.record)
@@ -283,7 +283,7 @@ class Log:
         forged = False
         for n in range(slot, max(slot - _WHOLE, 0), -1):
             try:
-                data = self._backend.get(slot_key(n), RECORD_LIMIT)
+                data = self._get(n)
                 record = self._decode(data, n)
             except (DamagedRecord, NotFound, Unreadable) as exc:
                 damaged.append(str(exc))
@@ -313,6 +313,12 @@ class Log:
         if len(damaged) == slot and self._key is None:  # back to the beginning: the state before the first commit serves
             return Head(slot, EMPTY, None, tuple(damaged))
         raise DamagedRecord(f"none of the newest commit records can be read; newest first: {'; '.join(damaged)}")
+
+    def _get(self, n: int) -> bytes:
+        """Read what slot `n` holds; twice, because one bad moment of a disk must not have a job that acquires pass it over for good."""
+        with suppress(Unreadable):
+            return self._backend.get(slot_key(n), RECORD_LIMIT)
+        return self._backend.get(slot_key(n), RECORD_LIMIT)
 
     def _decode(self, data: bytes, n: int) -> Record | Tombstone:
         """Read what slot `n` holds; with a key, only if it was written for this store, which the first slot tells."""

@@ -29,6 +29,7 @@ __all__ = [
     "REFUSED",
     "Folders",
     "NewFile",
+    "close_read",
     "create_temp",
     "fsync_dir",
     "link_new",
@@ -160,6 +161,12 @@ def read_full(fd: int, offset: int, view: memoryview) -> int:
     while done < view.nbytes and (got := os.preadv(fd, [view[done:]], offset + done)):
         done += got
     return done
+
+
+def close_read(fd: int) -> None:
+    """Close what was only read from: an error that comes with that says nothing about what was read."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def start_writeback(fd: int) -> None:

@@ -21,7 +21,7 @@ from procs import Channel, Child, litter
 from test_kill import content, save_parts
 
 from ckptstore import Checkpoint, Store
-from ckptstore.errors import CkptStoreError, CommitUnknown
+from ckptstore.errors import CkptStoreError, CommitUnknown, FallbackWarning
 
 __all__ = ["CALLS", "Call", "Possible", "Strace", "attached", "calls_of", "grow", "keep_house", "save_twice"]
 
@@ -64,7 +64,10 @@ def keep_house(channel: Channel, url: str, owning: bool = False) -> None:
             made = change()
         except CommitUnknown:
             channel.send("unknown", name)
-        except CkptStoreError as exc:
+        except (
+            CkptStoreError,
+            FallbackWarning,
+        ) as exc:  # the warning is an error here: that something was passed over, and loudly
             channel.send("refused", name, type(exc).__name__)
         except BaseException as exc:
             channel.send("untyped", name, "".join(traceback.format_exception(exc)))

@@ -345,13 +345,15 @@ def test_no_record_that_is_kept_whole_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_record_the_disk_cannot_read_is_a_damaged_one(root: Path) -> None:
-    backend = FaultyBackend(LocalBackend.open(str(root), {}), [Fault("get", 2, before=Unreadable(5, "the disk is dying"))])
+    dying = Unreadable(5, "the disk is dying")
+    backend = FaultyBackend(LocalBackend.open(str(root), {}), [Fault("get", n, before=dying) for n in (2, 3)])
     with pytest.warns(FallbackWarning, match="the disk is dying"):
         assert store_on(backend, acquire=False).checkpoint().step == 1
 
 
 def test_a_record_passed_over_because_the_disk_could_not_read_it_may_come_back(root: Path) -> None:
-    backend = FaultyBackend(LocalBackend.open(str(root), {}), [Fault("get", 2, before=Unreadable(5, "the disk is dying"))])
+    dying = Unreadable(5, "the disk is dying")
+    backend = FaultyBackend(LocalBackend.open(str(root), {}), [Fault("get", n, before=dying) for n in (2, 3)])
     job = store_on(backend)
     with pytest.warns(FallbackWarning, match="the disk is dying; going on"):
         job.acquire()

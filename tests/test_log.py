@@ -14,7 +14,16 @@ from stores import new_memory, objects
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.checksum import sha256
 from ckptstore.envelope import FORMAT
-from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, CommitUnknown, DamagedRecord, NewerFormat, NotFound
+from ckptstore.errors import (
+    AlreadyExists,
+    Ambiguous,
+    BackendError,
+    CommitUnknown,
+    DamagedRecord,
+    NewerFormat,
+    NotFound,
+    Unreadable,
+)
 from ckptstore.log import Head, Log, new_op, slot_key, slot_of
 from ckptstore.record import EMPTY, Entry, Record, Tombstone, decode, encode, encode_tombstone
 from ckptstore.testing import Fault, FaultyBackend
@@ -406,6 +415,15 @@ def test_damaged_newest_records_are_passed_over(bad: int) -> None:
         objects(backend)[slot_key(n)] = objects(backend)[slot_key(n)][:-5]
     head = Log(backend).head()
     assert (head.slot, head.record.n, len(head.damaged)) == (20, 20 - bad, bad)
+
+
+def test_one_bad_moment_of_a_disk_is_no_damage() -> None:
+    """A job that acquires would pass the record over for good."""
+    bad = Unreadable(5, "the disk can no longer read this", slot_key(20))
+    backend = FaultyBackend(filled(20), [Fault("get", 2, before=bad)])  # the first is that of the hint
+    assert Log(backend).head() == Log(backend.inner).head()
+    backend = FaultyBackend(filled(20), [Fault("get", n, before=bad) for n in (2, 3)])
+    assert Log(backend).head().damaged == (str(bad),)
 
 
 def test_when_no_record_kept_whole_can_be_read_it_says_so() -> None:
