@@ -26,11 +26,13 @@ __all__ = [
     "InterruptableDistributedGroupedBatchSampler",
     "InterruptableDistributedSampler",
     "InterruptableSampler",
+    "Preemption",
     "SamplerMismatch",
     "Store",
     "Transaction",
     "__version__",
     "atomic_torch_save",
+    "preemption",
 ]
 __all__ += errors.__all__
 
@@ -38,6 +40,7 @@ __all__ += errors.__all__
 if TYPE_CHECKING:
     from .atomic import atomic_torch_save
     from .checkpoint import Checkpoint
+    from .preempt import Preemption, preemption
     from .sampler import (
         AdvancedTooFarError,
         HasNotResetProgressError,
@@ -56,10 +59,12 @@ else:
         "InterruptableDistributedGroupedBatchSampler": "sampler",
         "InterruptableDistributedSampler": "sampler",
         "InterruptableSampler": "sampler",
+        "Preemption": "preempt",
         "SamplerMismatch": "sampler",
         "Store": "store",
         "Transaction": "transaction",
         "atomic_torch_save": "atomic",
+        "preemption": "preempt",
     }
 
     def __getattr__(name):
