@@ -29,7 +29,11 @@ RNG_FILE = "rng.pt"
 """The file that holds the random generators, saved with ``rng=True``."""
 
 
-_LOADERS = {"torch.distributed.checkpoint": "dcp.load(state, storage_reader=store.dcp_reader(…))"}
+_LOADERS = {
+    "accelerate": "ckptstore.integrations.accelerate.load_state",
+    "torch.distributed.checkpoint": "dcp.load(state, storage_reader=store.dcp_reader(…))",
+    "transformers": "ckptstore.integrations.transformers.StoreCallback.newest",
+}
 """What loads a checkpoint that was written by another library, by the name of that."""
 
 

@@ -89,6 +89,8 @@ class Transaction:
         """Id of the checkpoint being written; known inside the block."""
         self.by = ""
         """The library in whose way it is written, if that is not `Store.save`'s: named to whoever loads it in another way."""
+        self.pins: tuple[str, ...] = ()
+        """Further names that shall point to it, from the same commit on."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -251,9 +253,11 @@ class Transaction:
             metrics=manifest.metrics,
         )
 
+        names = dict.fromkeys((entry.name, *map(check_name, self.pins)), entry.id)
+
         def publish(state: Record) -> Record:
             state = self._engine.write_down(state)
-            state = replace(state, checkpoints=state.checkpoints.put(entry), names={**state.names, entry.name: entry.id})
+            state = replace(state, checkpoints=state.checkpoints.put(entry), names={**state.names, **names})
             gone = expired(state, self._retention)
             if self._writer.cooperates:  # beside the job that owns the store: its rules are not for that job's checkpoints
                 gone = {i for i in gone if (e := state.entry(i)) and e.name == entry.name}

@@ -41,6 +41,14 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Tensor
             store.tag("best", saved)
 
 
+def until_told_to_stop(store: ckptstore.Store) -> None:
+    with ckptstore.preemption(grace=120) as guard:
+        assert_type(guard, ckptstore.Preemption)
+        while not guard.requested():
+            pass
+        assert_type(guard.seconds_left, float)
+
+
 def several_files(tokenizer: Path) -> None:
     store = ckptstore.Store(Path("runs/42"), keep_last=3, acquire=False)
     with store.transaction("latest", step=1000) as tx:

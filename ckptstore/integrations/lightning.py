@@ -1,0 +1,305 @@
+"""Lightning on a store: checkpoints of the Trainer and of Fabric, and runs that go on in the middle of an epoch.
+
+::
+
+    io = StoreCheckpointIO("s3://bucket/run-42")
+    trainer = Trainer(plugins=[io], callbacks=[ModelCheckpoint(every_n_train_steps=100), ExactResume()])
+    trainer.fit(model, ckpt_path="latest")
+
+For `lightning` as well as for `pytorch_lightning`, whichever is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from .. import rng
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointNotFound, NotSerializable, StateMismatch, StoreWarning, UsageError, WrongKind
+from ..lookup import existing, find, first_whole, newest_first
+from ..naming import is_id
+from ..ranks import Ranks, ranks_of
+from ..restore import newest_whole_for_all
+from ..sampler._progress import Interruptable
+from ..store import Store
+from ..transaction import Draft
+from ._library import require_version
+from ._pins import let_go, pin_for
+
+__all__ = ["BY", "ExactResume", "StoreCheckpointIO"]
+
+BY = "lightning"
+_LATEST = "latest"
+_WEIGHTS = "weights"
+"""What checkpoints are saved under that hold weights only: nothing can be resumed from them."""
+
+_pytorch = "lightning" not in sys.modules and ("pytorch_lightning" in sys.modules or find_spec("lightning") is None)
+_VERSION = require_version("pytorch-lightning" if _pytorch else "lightning", "lightning", (2, 6), 3)
+_Callback: Any = import_module("pytorch_lightning.callbacks" if _pytorch else "lightning.pytorch.callbacks").Callback
+
+
+class StoreCheckpointIO:
+    """A `CheckpointIO` plugin: what the Trainer, `ModelCheckpoint` or Fabric saves to a path goes into a store.
+
+    Every checkpoint is saved under the name ``latest``, so that ``ckpt_path="latest"`` is the newest, or the newest older one if that is
+    damaged; in an empty store it is none, and training starts at the beginning. Its path becomes a second name, which keeps it until
+    `ModelCheckpoint` lets it go: ``checkpoints.epoch0-step100`` for ``…/checkpoints/epoch=0-step=100.ckpt``. What it lets go stays as
+    long as the store's retention says. ``ckpt_path=`` takes such a path, a name of the store, or the id of a checkpoint.
+
+    Args:
+        store: a path, a URL or a `Store`.
+        asynchronous: copy what is to be saved, and save it in the background, one at a time. A failure is raised by the next save, or
+            when training ends.
+    """
+
+    def __init__(self, store: Store | str | os.PathLike[str], *, asynchronous: bool = False) -> None:
+        self.store = store if isinstance(store, Store) else Store(store)
+        self._asynchronous = asynchronous
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+        self.fitting: bool | None = None
+        """Whether what is loaded next is to be trained on, and the store has been acquired; None: not known. `ExactResume` sets it."""
+        for package in ("lightning.fabric", "lightning_fabric"):
+            if package in sys.modules:  # which asks whether a plugin is of this class
+                import_module(f"{package}.plugins.io.checkpoint_io").CheckpointIO.register(type(self))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+        """Save, atomically and durably; on rank 0, which is the only one that Lightning calls."""
+        if storage_options is not None:
+            raise UsageError("a store has its options in its URL; leave out storage_options")
+        if not isinstance(checkpoint, dict):
+            raise NotSerializable(f"a checkpoint of Lightning is a dict, not a {type(checkpoint).__name__}")
+        resumable = "pytorch-lightning_version" not in checkpoint or "optimizer_states" in checkpoint
+        name, pin = _LATEST if resumable else _WEIGHTS, pin_for(path)
+        step = _step(checkpoint)
+        metadata = {"path": str(path), "lightning": _VERSION}
+        draft = Draft.check(name, step, None, metadata, None)
+        pins = () if pin in (_LATEST, name) else (pin,)
+
+        def save(state: dict[str, Any]) -> None:
+            with self.store._begin(draft) as tx:
+                tx.by, tx.pins = BY, pins
+                tx.save(state)
+
+        if not self._asynchronous:
+            save(checkpoint)
+            return
+        self._wait()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "ckptstore-lightning")
+        self._pending = self._thread.submit(save, deepcopy(checkpoint))
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Load, with every byte checked. All ranks must call this; they get the same checkpoint.
+
+        Args:
+            weights_only: False runs code that is in the checkpoint; None means True.
+
+        Raises:
+            CheckpointNotFound: neither a path that was saved here nor a name or id.
+            WrongKind: another integration wrote it.
+            Damaged, UnsafeContent: see `Checkpoint.load`.
+        """
+        safe = True if weights_only is None else weights_only
+        place = map_location if map_location is not None else "cpu"
+
+        def read(checkpoint: Checkpoint) -> Any:
+            _check_kind(checkpoint)
+            return checkpoint.load(map_location=place, weights_only=safe)
+
+        ranks = ranks_of(None, everybody=True)
+        if str(path) == _LATEST:
+            return self._newest(read, ranks)
+        wanted = str(path) if is_id(str(path)) else self._name(path)
+        engine = self.store._engine
+        if ranks is None:
+            return read(Checkpoint(engine, find(self.store.url, existing(engine).record, wanted)))
+        entry = ranks.on_first(lambda: find(self.store.url, existing(engine).record, wanted))
+        return ranks.together(lambda: read(Checkpoint(engine, entry)))[ranks.rank]
+
+    def _newest(self, read: Any, ranks: Ranks | None) -> Any:
+        engine = self.store._engine
+        found: tuple[Checkpoint, Any] | None
+        if ranks is not None:
+            found = newest_whole_for_all(engine, _LATEST, ranks, read)
+        else:
+            found = first_whole(engine, _LATEST, None, read) if newest_first(engine, _LATEST) else None
+        if found is None and self.fitting is False:
+            raise CheckpointNotFound(f"{self.store.url} is empty: there is nothing to evaluate")
+        if found is None:
+            return _Nothing(self.store.url)
+        if self.fitting:
+            self.store._note_resumed(found[0], ranks)
+        return found[1]
+
+    def _name(self, path: str | os.PathLike[str]) -> str:
+        """Return the name that `path` is known by: as it was saved, or as it stands."""
+        pin = pin_for(path)
+        return pin if pin in self.store or str(path) not in self.store else str(path)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Let a checkpoint go: it stays only as long as the store's retention says. Not before what was saved last is durable."""
+        pin = pin_for(path)
+        if self._pending is None or self._pending.done():
+            let_go(self.store, pin)
+        else:
+            self._pending.add_done_callback(
+                lambda saved: None if saved.cancelled() or saved.exception() else let_go(self.store, pin)
+            )
+
+    def teardown(self) -> None:
+        """Wait for what is being saved.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        try:
+            self._wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+
+
+def _step(checkpoint: dict[str, Any]) -> int | None:
+    for key in ("global_step", "step"):  # of the Trainer; what one would call it in Fabric
+        value = checkpoint.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    return None
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    by = checkpoint.by
+    if by != BY:
+        raise WrongKind(f"checkpoint {checkpoint.id} was written by {by or 'Store.save or a transaction'}, not by Lightning")
+
+
+class _Nothing(dict[str, Any]):
+    """What an empty store has to load. False, and so passed over by the Trainer; Fabric is told that there is nothing."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__({"pytorch-lightning_version": _VERSION})
+        self._url = url
+
+    def __bool__(self) -> bool:
+        return False
+
+    def keys(self) -> Any:
+        raise CheckpointNotFound(f"{self._url} is empty: there is nothing to load; start at the beginning")
+
+
+class ExactResume(_Callback):  # type: ignore[misc]
+    """A callback that lets a run go on at the very next batch, with the random generators as they were.
+
+    The training loader must draw from one of our samplers, of which this keeps the count; or be stateful itself, like torchdata's
+    `StatefulDataLoader`. Its state, and the generators of every rank, are part of each checkpoint of the Trainer.
+    """
+
+    def __init__(self) -> None:
+        self._saved: dict[str, Any] | None = None
+        self._trainer: Any = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Acquire the store before a run is resumed from it."""
+        self._trainer = trainer
+        io = getattr(trainer.strategy.checkpoint_io, "checkpoint_io", trainer.strategy.checkpoint_io)
+        if isinstance(io, StoreCheckpointIO):
+            io.fitting = stage == "fit"
+            if io.fitting and trainer.is_global_zero:
+                io.store.acquire()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._trainer is None or (not self._trainer.training and not self._trainer.validating):
+            return {}
+        sampler = _sampler(self._trainer)
+        ranks = ranks_of(None, everybody=True)
+        generators = [rng.capture()] if ranks is None else ranks.together(rng.capture)
+        return {"sampler": None if sampler is None else sampler.state_dict(), "generators": generators}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore, now that the loader is there and has not been asked for a batch yet."""
+        saved, self._saved = self._saved, None
+        sampler = _sampler(trainer)
+        if sampler is not None:
+            _count_of(trainer, sampler)  # fail now if it cannot be counted
+        if saved is None:
+            return
+        progress = trainer.fit_loop.epoch_progress.current
+        over = False
+        if saved["sampler"] is not None:
+            if sampler is None:
+                raise StateMismatch(
+                    "the checkpoint has a sampler's state, but the training loader draws from none of ckptstore's samplers"
+                )
+            sampler.load_state_dict(saved["sampler"])
+            over = sampler.epoch < progress.processed  # saved at its last batch, after which Lightning begins the next epoch
+            if over:
+                sampler.reset_progress()
+                sampler.set_epoch(progress.processed)
+            else:
+                iter(trainer.fit_loop._data_fetcher)  # again: workers may have been given the start of the epoch
+        elif trainer.fit_loop.epoch_loop.batch_progress.current.ready and not _stateful(trainer):
+            message = "this epoch is gone on with, but the training loader can only start anew: samples will be repeated"
+            warnings.warn(f"{message}; give it one of ckptstore's samplers", StoreWarning, stacklevel=2)
+        rank, generators = trainer.global_rank, saved["generators"]
+        if len(generators) == trainer.world_size:
+            rng.restore(generators[rank])
+        else:
+            message = (
+                f"the random generators of {len(generators)} ranks were saved, and there are {trainer.world_size}: not restored"
+            )
+            warnings.warn(message, StoreWarning, stacklevel=2)
+        if over:
+            iter(trainer.fit_loop._data_fetcher)  # draws a seed from the generators, as at the start of every epoch
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch, before `ModelCheckpoint`, which Lightning calls last, may save."""
+        sampler = _sampler(trainer)
+        if sampler is not None:
+            sampler.advance(min(_count_of(trainer, sampler), sampler._left(sampler.consumed)))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        sampler = _sampler(trainer)
+        if sampler is not None:
+            sampler.reset_progress()
+            sampler.set_epoch(sampler.epoch + 1)
+
+
+def _loader(trainer: Any) -> Any:
+    return trainer.train_dataloader
+
+
+def _stateful(trainer: Any) -> bool:
+    return hasattr(_loader(trainer), "load_state_dict")
+
+
+def _sampler(trainer: Any) -> Interruptable[Any] | None:
+    """Return the sampler of ours that the training loader draws from, None if there is none or the loader keeps its state itself."""
+    loader = _loader(trainer)
+    if loader is None or _stateful(trainer):
+        return None
+    batches = getattr(loader, "batch_sampler", None)
+    for sampler in (batches, getattr(batches, "sampler", None), getattr(loader, "sampler", None)):
+        if isinstance(sampler, Interruptable):
+            return sampler
+    return None
+
+
+def _count_of(trainer: Any, sampler: Interruptable[Any]) -> int:
+    return sampler._batch_items(_loader(trainer))

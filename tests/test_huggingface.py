@@ -1,0 +1,283 @@
+"""Hugging Face on a store: real Trainers and Accelerators on small models made at random, interrupted and resumed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from procs import Channel, Nursery, nursery
+
+from ckptstore import FallbackWarning, Store, WrongKind
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.update(OFFLINE)
+STEPS = 12
+
+
+def warm_up() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's
+        import accelerate  # noqa: F401
+        import transformers.models.gpt2.modeling_gpt2
+        import transformers.trainer  # noqa: F401
+
+        import ckptstore.integrations.accelerate
+        import ckptstore.integrations.transformers  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Nursery]:
+    yield from nursery("procs", __name__)
+
+
+def quietly() -> None:
+    """What others warn of is no error here; what we warn of is."""
+    from ckptstore import StoreWarning
+
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", StoreWarning)
+
+
+def make_trainer(url: str, output: str, *callbacks: Any, **options: Any) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    from ckptstore.integrations.transformers import StoreCallback
+
+    transformers.set_seed(7)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.2)
+    model = transformers.GPT2LMHeadModel(config)
+    data = [{"input_ids": (ids := torch.arange(i, i + 8) % 32), "labels": ids} for i in range(64)]
+    options = {"max_steps": STEPS, "save_steps": 3, "logging_steps": 3, "save_total_limit": 1, **options}
+    quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "per_device_train_batch_size": 4}
+    args = transformers.TrainingArguments(output, **quiet, **options)
+    store = StoreCallback(url)
+    trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[store, *callbacks])
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, transformers.PrinterCallback):
+            trainer.remove_callback(callback)
+    return trainer, store
+
+
+def weights(trainer: Any) -> list[float]:
+    return [float(p.double().sum()) for p in trainer.model.parameters()]
+
+
+def train(channel: Channel, url: str, output: str, stop_at: int) -> None:
+    """Train from wherever the store says; be killed at a step, if one is given."""
+    quietly()
+    import transformers
+
+    class Teller(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            channel.send("step", state.global_step)
+            if state.global_step == stop_at:
+                os._exit(9)
+
+    trainer, store = make_trainer(url, output, Teller())
+    folder = store.newest(output)
+    channel.send("from", folder and Path(folder).name)
+    trainer.train(resume_from_checkpoint=folder)
+    channel.send("end", weights(trainer))
+
+
+def test_a_trainer_is_killed_and_resumed(tmp_path: Path, warm: Nursery) -> None:
+    whole = warm.start(train, str(tmp_path / "whole"), str(tmp_path / "w"), 0).rest()
+    assert whole[0] == ["from", None]
+    url, output = str(tmp_path / "store"), tmp_path / "output"
+    assert warm.start(train, url, str(output), 2).rest() == [["from", None], ["step", 1], ["step", 2]]
+    assert warm.start(train, url, str(output), 5).rest()[0] == ["from", None]
+    # Half of a folder that the Trainer was writing when it was killed is no checkpoint.
+    (output / "checkpoint-6").mkdir()
+    (output / "checkpoint-6/trainer_state.json").write_text("{")
+    (output / "checkpoint-3/model.safetensors").write_bytes(b"spoilt here, whole in the store")
+    again = warm.start(train, url, str(output), 8).rest()
+    assert again[:2] == [["from", "checkpoint-3"], ["step", 4]]
+    last = warm.start(train, url, str(output), 0).rest()
+    assert last[0] == ["from", "checkpoint-6"]
+    assert last[-1] == whole[-1]
+    with Store(url, acquire=False) as store:
+        newest = store.checkpoint("latest")
+        assert (newest.step, newest.by) == (12, "transformers")
+        assert newest.metrics["loss"] > 0
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"} <= set(newest.files)
+        assert store.verify() == []
+        with pytest.raises(WrongKind, match="transformers"):
+            store.load()
+
+
+def test_a_damaged_folder_is_passed_over(tmp_path: Path, warm: Nursery) -> None:
+    warm.start(train, str(tmp_path / "store"), str(tmp_path / "a"), 7).rest()
+    with Store(tmp_path / "store", acquire=False) as store:
+        newest = store.checkpoint("latest")
+    path = tmp_path / "store/data" / newest.id / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    child = warm.start(fall_back, str(tmp_path / "store"), str(tmp_path / "b"))
+    assert child.expect("fell back") == ["checkpoint-3"]
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["checkpoint-3"]
+
+
+def fall_back(channel: Channel, url: str, output: str) -> None:
+    from ckptstore.integrations.transformers import StoreCallback
+
+    Path(output).mkdir()
+    with pytest.warns(FallbackWarning, match=r"optimizer\.pt"):
+        folder = StoreCallback(url).newest(output)
+    channel.send("fell back", folder and Path(folder).name)
+
+
+# --- accelerate
+
+
+def accelerate(channel: Channel, url: str, stop_at: int, rank: int, world: int) -> None:
+    """Train by hand from wherever the store says."""
+    quietly()
+    import torch
+    from accelerate import Accelerator
+
+    import ckptstore
+    from ckptstore.integrations.accelerate import load_state, save_state
+
+    if world > 1:
+        meet = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({k: str(v) for k, v in meet.items()})
+        os.environ["MASTER_PORT"] = "0"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{url}-meet{stop_at}", rank=rank, world_size=world)
+    torch.manual_seed(3)
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    data = torch.sin(torch.arange(64.0)[:, None] * torch.arange(1.0, 5.0))
+    sampler = ckptstore.InterruptableDistributedSampler(data, seed=1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    store = ckptstore.Store(url)
+    checkpoint = load_state(accelerator, store, sampler=sampler)
+    step = 0 if checkpoint is None else checkpoint.step or 0
+    channel.send("from", step)
+    loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler)
+    for epoch in range(sampler.epoch, 3):
+        with sampler.in_epoch(epoch):
+            for batch in sampler.track(loader):
+                loss = torch.nn.functional.mse_loss(model(batch), batch.sum(1, keepdim=True))
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                step += 1
+                if step % 2 == 0:
+                    save_state(accelerator, store, step=step, sampler=sampler)
+                if step == stop_at:
+                    return
+    channel.send("end", [float(p.double().sum()) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_accelerate_goes_on_where_it_was(tmp_path: Path, warm: Nursery, world: int) -> None:
+    def run(url: str, stop_at: int) -> list[list[Any]]:
+        ranks = [warm.start(accelerate, str(tmp_path / url), stop_at, rank, world) for rank in range(world)]
+        told = [rank.rest() for rank in ranks]
+        return told[0]
+
+    whole = run("whole", 0)
+    assert run("store", 3) == [["from", 0]]
+    assert run("store", 7) == [["from", 2]]
+    end = run("store", 0)
+    assert end[0] == ["from", 6]
+    assert end[-1] == whole[-1]
+    with Store(tmp_path / "store", acquire=False) as store:
+        assert store.checkpoint().by == "accelerate"
+        assert {"model.safetensors", "optimizer.bin"} <= set(store.checkpoint().files)
+        assert store.verify() == []
+
+
+def refuse(channel: Channel, url: str) -> None:
+    """Meet what cannot be."""
+    quietly()
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from ckptstore import UsageError
+    from ckptstore.integrations.accelerate import load_state, save_state
+    from ckptstore.integrations.transformers import StoreCallback
+
+    model = Accelerator(cpu=True).prepare(torch.nn.Linear(2, 2))
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    store = Store(url)
+    store.save({"x": 1}, step=1)
+    before = store.names()
+    with pytest.raises(WrongKind, match=r"written by Store\.save .*, not by accelerate"):
+        load_state(accelerator, store)
+    with pytest.raises(WrongKind, match=r"written by Store\.save .*, not by transformers"):
+        StoreCallback(store).newest(f"{url}-out")
+    save_state(accelerator, store)
+    with pytest.raises(WrongKind, match="written by accelerate, not by transformers"):
+        StoreCallback(store).newest(f"{url}-out")
+    with pytest.raises(WrongKind, match="written by accelerate"):
+        store.load()
+    assert store.names() != before
+    before = store.names()
+
+    class Spoilt:
+        def state_dict(self) -> Any:
+            raise RuntimeError("no state today")
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    accelerator.register_for_checkpointing(Spoilt())
+    with pytest.raises(RuntimeError, match="no state today"):
+        save_state(accelerator, store)
+    assert store.names() == before
+    named = Accelerator(cpu=True, project_config=ProjectConfiguration(automatic_checkpoint_naming=True))
+    with pytest.raises(UsageError, match="automatic_checkpoint_naming"):
+        save_state(named, store)
+    channel.send("refused")
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path, warm: Nursery) -> None:
+    assert warm.start(refuse, str(tmp_path / "store")).rest() == [["refused"]]
+
+
+def readme(channel: Channel, folder: str) -> None:
+    """The README's examples."""
+    quietly()
+    import re
+
+    import torch
+    import transformers
+    from accelerate import Accelerator
+
+    import ckptstore
+
+    os.chdir(folder)
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    examples = dict(re.findall(r"^```python (transformers|accelerate)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    trainer, _ = make_trainer("other", "out", max_steps=4, save_steps=2)
+    for steps in (4, 6):
+        trainer.args.max_steps = steps
+        names = {"transformers": transformers, "model": trainer.model, "args": trainer.args, "dataset": trainer.train_dataset}
+        exec(compile(examples["transformers"], "README.md", "exec"), names)
+        assert names["trainer"].state.global_step == steps
+    assert Store("runs/transformers").checkpoint().step == 6
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    sampler = ckptstore.InterruptableSampler([1, 2], seed=1)
+    names = {"accelerator": accelerator, "store": Store("runs/accelerate"), "sampler": sampler, "step": 5}
+    exec(compile(examples["accelerate"], "README.md", "exec"), names)
+    assert names["checkpoint"] is None
+    exec(compile(examples["accelerate"], "README.md", "exec"), names)
+    assert names["checkpoint"].step == 5
+    channel.send("done")
+
+
+def test_the_readme(tmp_path: Path, warm: Nursery) -> None:
+    assert warm.start(readme, str(tmp_path)).rest()[-1] == ["done"]
