@@ -28,6 +28,7 @@ from ckptstore.errors import (
     NotFound,
 )
 from ckptstore.folder import MOVED, FolderBackend, FolderWriter, absolute, segments
+from ckptstore.inorder import InOrder
 from ckptstore.mounts import file_system, is_local, two_may_link
 from ckptstore.openfile import LastOpened
 from ckptstore.posix import NO_LINKS, REFUSED, Folders, NewFile, mapped_errors, nearest_existing, start_writeback, write_all
@@ -63,7 +64,7 @@ class SharedBackend(FolderBackend):
         super().__init__(root)
         self._create = create
         self._write_size = write_size
-        # Two parts at a time: while one is written the next is hashed, and the file still grows from its start to its end.
+        # Two parts at a time: while one is written the next is hashed.
         self.capabilities = Capabilities(
             atomic_create=True, durable=True, part_size=write_size or _LEAST_WRITE, parallel=2, probe=True
         )
@@ -378,7 +379,17 @@ class SharedBackend(FolderBackend):
 
 
 class _SharedWriter(FolderWriter[SharedBackend]):
-    """See `PartWriter`."""
+    """See `PartWriter`. The file grows from its start to its end: clients gather such writes, and begin anew at any other."""
+
+    def __init__(self, backend: SharedBackend, key: str) -> None:
+        super().__init__(backend, key)
+        self._in_order = InOrder(self._append)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        self._in_order.write(offset, data)
+
+    def _append(self, data: memoryview) -> None:
+        write_all(self._new.fd, self._in_order.position, data)
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`."""
@@ -392,6 +403,7 @@ class _SharedWriter(FolderWriter[SharedBackend]):
         new = self._new
         with mapped_errors("finish", new.path):
             try:
+                self._in_order.close()
                 self._backend._complete(new)
                 self._backend._publish(new, self._key)
             except BaseException as exc:

@@ -324,7 +324,7 @@ class FolderWriter(Generic[_B]):
             self._writing += 1
         try:
             with mapped_errors("write", self._new.path):
-                write_all(self._new.fd, offset, data)
+                self._write(offset, data)
         except BaseException:
             with self._lock:
                 if self._state == "open":
@@ -334,6 +334,9 @@ class FolderWriter(Generic[_B]):
             with self._lock:
                 self._writing -= 1
                 self._release()
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        write_all(self._new.fd, offset, data)
 
     def abort(self) -> None:
         """See `PartWriter.abort`."""

@@ -50,14 +50,17 @@ def test_a_save_lists_no_folder_and_maps_no_memory(shared: SharedFolder, monkeyp
         assert [c.step for c in store] == [28, 29]
 
 
-def test_writes_are_as_long_as_asked_for_or_as_the_file_system_recommends(
+def test_writes_are_in_order_and_as_long_as_asked_for_or_as_the_file_system_recommends(
     shared: SharedFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
+    places: list[int] = []
     real = os.pwrite
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
         sizes.append(len(data))
+        if len(data) >= 1 << 20:
+            places.append(offset)
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
@@ -65,8 +68,10 @@ def test_writes_are_as_long_as_asked_for_or_as_the_file_system_recommends(
     assert block == 65536
     for options, expected in (({"write_size": "3M"}, 3 << 20), ({}, 8 << 20)):
         sizes.clear()
+        places.clear()
         with Store(shared.urls(**options)[0], owner="me") as store:
             write(store, files={"big": bytes(20 << 20)})
+        assert places == sorted(places)
         assert sizes.count(expected) >= 2
         assert sum(size for size in sizes if size >= 1 << 20) == 20 << 20
     monkeypatch.setattr(shared_module, "_LEAST_WRITE", (8 << 20) + 1)

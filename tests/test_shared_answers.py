@@ -346,3 +346,33 @@ def test_a_file_is_opened_once_for_all_its_parts(tmp_path: Path, sick: SickOS) -
     (tmp_path / "new").write_bytes(bytes(100))
     (tmp_path / "new").rename(tmp_path / "a")
     assert read(10) == bytes(10), "what was put there instead is read"
+
+
+def test_a_file_grows_from_its_start_to_its_end_in_whatever_order_its_parts_come(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    writer = backend.open_writer("data/x/a")
+    places: list[int] = []
+
+    def note(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        places.append(args[2])
+        return real(*args, **kwargs)
+
+    sick.start(lambda name, nth: note if name == "pwrite" else None)
+    for number in (2, 0, 3, 1):
+        writer.write(number * 1000, memoryview(bytes([number]) * 1000), number)
+    writer.finish()
+    sick.heal()
+    assert places == [0, 1000, 2000, 3000]
+    assert backend.get("data/x/a", 5000) == b"".join(bytes([number]) * 1000 for number in range(4))
+
+
+def test_a_file_with_a_gap_is_not_published(tmp_path: Path, sick: SickOS) -> None:
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+    writer = backend.open_writer("data/x/a")
+    writer.write(1000, memoryview(bytes(1000)), 1)
+    with pytest.raises(BackendError, match="never written"):
+        writer.finish()
+    writer.abort()
+    assert not [*backend.list("data/")]
