@@ -11,8 +11,10 @@ from typing import Any
 
 import fsspec
 import pytest
+import races
 import torch
 from faulty_http import Fault, FaultyProxy, lost, unanswered
+from procs import Nursery
 from sftp_rig import PASSWORD, USER, sftp_server
 from stores import contents, write
 
@@ -114,6 +116,26 @@ def test_eight_save_at_once_and_none_loses(request: pytest.FixtureRequest, kind:
     with Store(url, acquire=False) as store:
         assert store.names() == {f"n{n}": saved[n] for n in range(8)}
         assert [contents(store, saved[n]) for n in range(8)] == [{"a.bin": b"%d" % n} for n in range(8)]
+
+
+def _environment(kind: str, request: pytest.FixtureRequest) -> dict[str, str]:
+    env: dict[str, str] = request.getfixturevalue("azurite" if kind == "abfs" else "seaweedfs").env
+    return env
+
+
+@pytest.mark.parametrize("kind", ["abfs", "s3fs"])
+def test_four_processes_create_and_one_wins_each_time(request: pytest.FixtureRequest, racers: Nursery, kind: str) -> None:
+    races.check_creations(racers, new_url(kind, request), _environment(kind, request))
+
+
+@pytest.mark.parametrize("owners", ["one launch", pytest.param("four jobs", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["abfs", "s3fs"])
+def test_four_processes_save_under_one_name_and_none_loses(
+    request: pytest.FixtureRequest, racers: Nursery, kind: str, owners: str
+) -> None:
+    url = new_url(kind, request)
+    url += ("&" if "?" in url else "?") + "keep_last=all"
+    races.check_saves(racers, url, races.OWNERS[owners], _environment(kind, request))
 
 
 @pytest.mark.parametrize("kind", ["sftp", "fsspec+file"])

@@ -181,12 +181,18 @@ def test_interrupted_uploads_are_found_by_gc(server: Service, processes: Nursery
     assert not [key for key in keys(backend) if key.endswith(".partial")]
 
 
-def test_four_processes_create_and_one_wins_each_time(server: Service, racers: Nursery) -> None:
+@pytest.mark.parametrize("which", ["server", "simple_server"])
+def test_four_processes_create_and_one_wins_each_time(request: pytest.FixtureRequest, racers: Nursery, which: str) -> None:
+    server: Service = request.getfixturevalue(which)
     races.check_creations(racers, server.url(), server.server.env)
 
 
 @pytest.mark.parametrize("owners", races.OWNERS)
-def test_four_processes_save_under_one_name_and_none_loses(server: Service, racers: Nursery, owners: str) -> None:
+@pytest.mark.parametrize("which", ["server", "simple_server"])
+def test_four_processes_save_under_one_name_and_none_loses(
+    request: pytest.FixtureRequest, racers: Nursery, which: str, owners: str
+) -> None:
+    server: Service = request.getfixturevalue(which)
     races.check_saves(racers, server.url(keep_last="all"), races.OWNERS[owners], server.server.env)
 
 
