@@ -91,12 +91,18 @@ def test_some_mistakes_are_noticed() -> None:
         assert found[key].startswith(f"FAILED {test}"), found[key]
 
 
+@pytest.fixture(scope="module")
+def known_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first module writes down which test comes by which line, for the others."""
+    return tmp_path_factory.mktemp("survey") / "known.json"
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("module", MODULES)
-def test_every_mistake_is_noticed(mutants: dict[str, Mutant], module: str) -> None:
+def test_every_mistake_is_noticed(mutants: dict[str, Mutant], module: str, known_tests: Path) -> None:
     mine = [m for m in mutants.values() if m.module == module]
     known = equivalent()
-    found = tried_out(module)
+    found = tried_out(module, "--survey", str(known_tests))
     assert found.keys() == {m.key for m in mine}
     survivors = [key for key, by in found.items() if not by]
     unknown = [key for key in survivors if key not in known]
