@@ -170,7 +170,8 @@ def test_losing_the_race_and_ones_leftovers_to_a_collection_is_no_failure() -> N
 def test_one_hiccup_of_the_disk_does_not_stop_a_job() -> None:
     inner = new_memory()
     write(store_on(inner))
-    backend = FaultyBackend(inner, [Fault("get", 2, before=Unreadable("a cable was loose"))])
+    loose = Unreadable("a cable was loose")
+    backend = FaultyBackend(inner, [Fault("get", n, before=loose) for n in (2, 3)])  # it is tried twice
     tool = store_on(backend, acquire=False)
     with pytest.warns(FallbackWarning, match="loose"):
         assert tool.names() == {}
