@@ -198,6 +198,20 @@ def test_killed_at_any_moment(tmp_path: Path, warm: Nursery, kind: str, kills: i
         assert store.verify() == []
 
 
+@pytest.mark.parametrize("kind", ["every epoch", pytest.param("every step", marks=pytest.mark.soak)])
+def test_resumed_at_the_start_of_an_epoch(tmp_path: Path, warm: Nursery, kind: str) -> None:
+    """There the loader draws from the generators once more."""
+    saves, options = KINDS[kind]
+    whole = warm.start(fit, str(tmp_path / "whole"), str(tmp_path), saves, options).rest()
+    child = warm.start(fit, str(tmp_path / "store"), str(tmp_path), saves, options)
+    for _ in range(BATCHES + 2):
+        child.recv()
+    child.kill()
+    again = warm.start(fit, str(tmp_path / "store"), str(tmp_path), saves, options).rest()
+    assert again[0] == ["started", BATCHES]
+    assert again[-1] == whole[-1]
+
+
 def told(warm: Nursery, function: Any, *arguments: Any) -> list[Any]:
     """Run `function` in a child of its own, and return the last thing it said."""
     return warm.start(function, *arguments).rest()[-1]

@@ -241,20 +241,19 @@ class ExactResume(_Callback):  # type: ignore[misc]
         if saved is None:
             return
         progress = trainer.fit_loop.epoch_progress.current
-        over = False
+        begins = progress.ready == progress.processed  # an epoch; otherwise one is gone on with
         if saved["sampler"] is not None:
             if sampler is None:
                 raise StateMismatch(
                     "the checkpoint has a sampler's state, but the training loader draws from none of ckptstore's samplers"
                 )
             sampler.load_state_dict(saved["sampler"])
-            over = sampler.epoch < progress.processed  # saved at its last batch, after which Lightning begins the next epoch
-            if over:
+            if begins:  # what was saved at the last batch says that the epoch before is still under way
                 sampler.reset_progress()
                 sampler.set_epoch(progress.processed)
             else:
                 iter(trainer.fit_loop._data_fetcher)  # again: workers may have been given the start of the epoch
-        elif trainer.fit_loop.epoch_loop.batch_progress.current.ready and not _stateful(trainer):
+        elif not begins and not _stateful(trainer):
             message = "this epoch is gone on with, but the training loader can only start anew: samples will be repeated"
             warnings.warn(f"{message}; give it one of ckptstore's samplers", StoreWarning, stacklevel=2)
         rank, generators = trainer.global_rank, saved["generators"]
@@ -265,7 +264,7 @@ class ExactResume(_Callback):  # type: ignore[misc]
                 f"the random generators of {len(generators)} ranks were saved, and there are {trainer.world_size}: not restored"
             )
             warnings.warn(message, StoreWarning, stacklevel=2)
-        if over:
+        if begins and not _stateful(trainer):
             iter(trainer.fit_loop._data_fetcher)  # draws a seed from the generators, as at the start of every epoch
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
