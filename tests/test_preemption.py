@@ -367,6 +367,7 @@ def test_slurm_queues_the_job_again(folder: Path, warm: Nursery) -> None:
         assert [c.id.split("-")[0] for c in store.checkpoints()][-1] == "e2"  # a job that starts again is a new owner
 
 
+@pytest.mark.soak
 def test_torchrun_passes_signals_on(folder: Path, warm: Nursery) -> None:
     ranks = [warm.start(run_script, str(folder), rank, 2) for rank in range(2)]
     command = shlex.split(block("sh"))
