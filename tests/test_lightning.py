@@ -473,6 +473,7 @@ def test_two_ranks_of_a_trainer(tmp_path: Path, warm: Nursery) -> None:
     assert end[0][4] != end[1][4]
 
 
+@pytest.mark.soak
 def test_pytorch_lightning(tmp_path: Path) -> None:
     """The other package by which Lightning is known, in a process that has not imported this one."""
     import os
