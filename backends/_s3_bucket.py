@@ -235,7 +235,8 @@ class Bucket:
         if "payload_signing_enabled" not in s3:
             # Over plain http, what the SDK signs holds the SHA-256 of the body, which takes longer than to send it. So parts go without:
             # their own checksum, which is signed, tells accidents. Against somebody on the network, who could change what is read as well,
-            # there is https, and `hmac_key`. Records and manifests stay signed; and parts too if the AWS configuration says so.
+            # there is https, and `hmac_key`. Records and manifests stay signed; and parts too if the AWS configuration says so. (Ceph
+            # compares it with the body that comes, as Amazon does; SeaweedFS 4.48, moto 5.2 and rclone 1.75 do not look.)
             unsigned = client.meta.config.merge(Config(s3={**s3, "payload_signing_enabled": False}))
             client.meta.events.register("before-sign.s3.UploadPart", functools.partial(_sign_as, unsigned))
         credentials = None if options.get("anonymous") == "1" else session.get_credentials()
