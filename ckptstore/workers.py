@@ -118,14 +118,18 @@ class Workers:
     def begin(self, jobs: list[Job[_R]], call: Callable[..., _R], *args: Any) -> Job[_R]:
         """Run ``call(*args)`` on one of the threads; `jobs` has the job before it begins, so that an interrupt does not lose it."""
         job = Job(call, *args)
-        jobs.append(job)
-        with self._lock:
-            if not self.alive:
-                self._crew = _Crew()
-            assert self._crew is not None
-            if self._crew.hire(self.count):
-                self._crew.jobs.put(job)
-                return job
+        try:
+            jobs.append(job)
+            with self._lock:
+                if not self.alive:
+                    self._crew = _Crew()
+                assert self._crew is not None
+                if self._crew.hire(self.count):
+                    self._crew.jobs.put(job)
+                    return job
+        except BaseException:
+            job.cancel()  # it may not have been handed over, and who waits for it would wait for ever
+            raise
         job.run()
         if job.interrupt is not None:
             raise job.interrupt
