@@ -23,6 +23,7 @@ BENCHMARKS = {
     "import_time": "import ckptstore, without torch",
     "save_memory": "memory that a save and a load take",
     "small_save": "a 4 KiB save beside temp file, fsync, replace, fsync directory",
+    "async_save": "how long the training thread is blocked by a save in the background, and its memory",
     "s3_requests": "requests to S3, and the memory of a save",
     "scale": "10 000 checkpoints kept after a million commits, beside ten",
     "shared_folder": "JuiceFS mounted twice: racing commits; save and load beside plain files",

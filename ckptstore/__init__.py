@@ -26,6 +26,7 @@ __all__ = [
     "InterruptableDistributedGroupedBatchSampler",
     "InterruptableDistributedSampler",
     "InterruptableSampler",
+    "PendingSave",
     "Preemption",
     "SamplerMismatch",
     "Store",
@@ -39,6 +40,7 @@ __all__ += errors.__all__
 # Type checkers read the first branch and so know every name; with a module-level __getattr__ they would let any typo pass.
 if TYPE_CHECKING:
     from .atomic import atomic_torch_save
+    from .background import PendingSave
     from .checkpoint import Checkpoint
     from .preempt import Preemption, preemption
     from .sampler import (
@@ -59,6 +61,7 @@ else:
         "InterruptableDistributedGroupedBatchSampler": "sampler",
         "InterruptableDistributedSampler": "sampler",
         "InterruptableSampler": "sampler",
+        "PendingSave": "background",
         "Preemption": "preempt",
         "SamplerMismatch": "sampler",
         "Store": "store",

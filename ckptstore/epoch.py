@@ -22,6 +22,7 @@ from .errors import (
     FallbackWarning,
     Fenced,
     NoAtomicCreate,
+    UsageError,
 )
 from .log import Head, Log, new_op
 from .naming import DATA, epoch_of, id_of_key, is_id
@@ -182,6 +183,24 @@ class Writer:
             raise fenced from error
         except CkptStoreError:
             pass  # the first error says more
+
+    def resolve(self, unknown: CommitUnknown | str) -> bool:
+        """See `Store.resolve`."""
+        parts = (unknown.op_id if isinstance(unknown, CommitUnknown) else str(unknown)).split("-")
+        if len(parts) not in (2, 3) or not (parts[0].isascii() and parts[0].isdigit() and len(parts[0]) <= 12 and parts[1]):
+            raise UsageError(f"{unknown!r:.100} is no CommitUnknown, and not the op_id of one")
+        slot, op = int(parts[0]), parts[1]
+        answer = self._log.took_effect(op, slot)
+        if answer is None:
+            if slot == self._log.head().slot + 1:
+                self.commit(lambda state: state, new_op())
+            answer = self._log.took_effect(op, slot)  # also if it was taken between the two looks
+        if answer is None:
+            raise DamagedRecord(f"commit record {slot} is not there, although it should be by now; is this the right store?")
+        if answer and parts[2:]:
+            why = f"commit {slot} is visible, but was never confirmed to be durable; save once more"
+            raise CommitUnknown(why, op, slot, False)
+        return answer
 
     def _check(self, head: Head, epoch: int | None) -> None:
         if head.damaged:

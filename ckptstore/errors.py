@@ -29,6 +29,7 @@ Each one says what to do, and also subclasses the builtin that code which never 
     ├── NewerFormat                           written by a newer ckptstore
     ├── UnsafeContent (ValueError)            refused before a parser could be harmed
     ├── NotSerializable (TypeError)           torch.save cannot write the object
+    ├── ChangedWhileSaving                    a tensor was changed before save_async, told that it would not be, had copied it
     ├── RankFailed                            another rank of this job failed, or found something else
     ├── WrongVersion (ImportError)            a library is not of a version that its integration knows
     ├── WrongKind (TypeError)                 written by another integration than the one that loads it; says what to use
@@ -45,6 +46,7 @@ __all__ = [
     "AlreadyExists",
     "Ambiguous",
     "BackendError",
+    "ChangedWhileSaving",
     "CheckpointNotFound",
     "CkptStoreError",
     "CommitUnknown",
@@ -212,6 +214,10 @@ class UnsafeContent(CkptStoreError, ValueError):
 
 class NotSerializable(CkptStoreError, TypeError):
     """`torch.save` cannot write this object; nothing was published."""
+
+
+class ChangedWhileSaving(CkptStoreError):
+    """Something else than a step changed a parameter or an optimizer's state before it was copied. Nothing was published."""
 
 
 class RankFailed(CkptStoreError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -26,8 +26,9 @@ _OPEN_FILES = 16
 class TransactionFile:
     """A file of a transaction, open for writing. Left by an exception, it spoils the whole transaction: half a file is never published."""
 
-    def __init__(self, files: Files, sink: FileSink) -> None:
+    def __init__(self, files: Files, sink: FileSink, before_write: Callable[[], object] | None = None) -> None:
         self._files = files
+        self._before_write = before_write
         self._sink = sink
         self.closed = False
 
@@ -37,6 +38,8 @@ class TransactionFile:
             raise ValueError("write to a closed file")
         view = memoryview(data)
         try:
+            if self._before_write is not None:
+                self._before_write()
             return self._sink.write(view)
         except BaseException:
             self._files.spoil(f"{self._sink.path} could not be written")
@@ -76,10 +79,14 @@ class TransactionFile:
 
 
 class Files:
-    """The files below the folder of the checkpoint `checkpoint_id`, which is written once and by one save. For one thread at a time."""
+    """The files below the folder of the checkpoint `checkpoint_id`, which is written once and by one save. For one thread at a time.
 
-    def __init__(self, engine: Engine, checkpoint_id: str) -> None:
+    `before_write` is called before each write; what it raises spoils the files.
+    """
+
+    def __init__(self, engine: Engine, checkpoint_id: str, before_write: Callable[[], object] | None = None) -> None:
         self._engine = engine
+        self._before_write = before_write
         self._id = checkpoint_id
         self._sinks: dict[str, FileSink] = {}  # key -> being written
         self._written: list[tuple[PartWriter, str]] = []  # complete, not yet durable; with their keys
@@ -108,7 +115,7 @@ class Files:
         writer = backend.open_writer(data_key(self._id, key))
         sink = FileSink(path, writer, self._engine.workers, backend.capabilities, authentic=self._engine.key is not None)
         self._sinks[key] = sink
-        return TransactionFile(self, sink)
+        return TransactionFile(self, sink, self._before_write)
 
     def adopt(self, entry: FileEntry) -> None:
         """Take in a file that another process has written, and made durable, below the same folder.

@@ -11,12 +11,21 @@ from typing import TypeVar
 
 from .checkpoint import Checkpoint
 from .engine import Engine
-from .errors import CheckpointNotFound, CkptStoreError, Damaged, DamagedRecord, FallbackWarning, StoreNotFound, UsageError
+from .errors import (
+    CheckpointNotFound,
+    CkptStoreError,
+    Damaged,
+    DamagedManifest,
+    DamagedRecord,
+    FallbackWarning,
+    StoreNotFound,
+    UsageError,
+)
 from .log import Head
 from .naming import check_step, is_id
 from .record import Entry, Record
 
-__all__ = ["existing", "find", "first_whole", "newest_first"]
+__all__ = ["existing", "find", "first_whole", "newest_first", "rescue"]
 
 _R = TypeVar("_R")
 
@@ -124,3 +133,14 @@ def first_whole(engine: Engine, target: str | None, step: int | None, read: Call
 def _older(state: Record, wanted: Entry, name: str) -> Iterator[Entry]:
     before = state.checkpoints[: state.checkpoints.index(wanted)]
     yield from (e for e in reversed(before) if e.name == name)
+
+
+def rescue(engine: Engine, wanted: str) -> Entry | None:
+    """Return an entry made from the manifest of data that a damaged record may have named, if `wanted` is that and it is whole."""
+    if wanted not in engine.head().record.spared:
+        return None
+    entry = engine.unrecorded(wanted)
+    damage = Checkpoint(engine, entry).verify()
+    if damage:
+        raise DamagedManifest(f"{wanted} cannot be brought back: {damage[0].reason}")
+    return entry

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from .asynchronous import Asynchronous
+from .background import Background
 from .checkpoint import STATE_FILE, Checkpoint, Damage
 from .distributed import Distributed
 from .engine import Engine
@@ -19,18 +20,16 @@ from .errors import (
     CheckpointNotFound,
     CkptStoreError,
     CommitUnknown,
-    DamagedManifest,
-    DamagedRecord,
     InvalidURL,
     UsageError,
 )
 from .gc import Garbage, find_garbage, unfinished_records
 from .key import Key, find_key, refuse_key_in_url
 from .log import new_op
-from .lookup import existing, find, first_whole
+from .lookup import existing, find, first_whole, rescue
 from .naming import check_name
 from .options import split_options
-from .record import Entry, Record
+from .record import Record
 from .registry import backend_class
 from .restore import restore_newest
 from .retention import expired
@@ -41,7 +40,7 @@ from .wrapper import SingleWriter
 __all__ = ["Store"]
 
 
-class Store(Distributed):
+class Store(Asynchronous, Distributed):
     """A place for the checkpoints of one training run.
 
     Thread-safe; may be pickled to worker processes, which then belong to the same job (not with an `hmac_key` given as bytes); a
@@ -107,6 +106,7 @@ class Store(Distributed):
             backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=chosen.single_writer, epoch=epoch
         )
         self._acquired = epoch is not None
+        self._background = Background()
 
     # --- writing
 
@@ -164,7 +164,7 @@ class Store(Distributed):
         """Return a context manager that writes several files as one checkpoint; see `Transaction`. Arguments as for `save`."""
         return self._begin(Draft.check(name, step, metrics, metadata, sampler))
 
-    def _begin(self, draft: Draft) -> Transaction:
+    def _begin_now(self, draft: Draft) -> Transaction:
         self._acquire_for_change()
         return Transaction(self._engine, self._writer, self._retention, draft)
 
@@ -177,6 +177,7 @@ class Store(Distributed):
             Fenced: a newer job has acquired it since this one did.
             UsageError: this is a cooperating writer.
         """
+        self._background.wait()
         if not self._arguments[1]:
             raise UsageError("this Store was opened with acquire=False; open one without it to take over")
         self._writer.acquire()
@@ -203,9 +204,10 @@ class Store(Distributed):
         Raises:
             CheckpointNotFound, InvalidName, Fenced, CommitUnknown
         """
+        self._background.wait()
         check_name(name)
         wanted = target.id if isinstance(target, Checkpoint) else target
-        rescued = self._rescue(wanted)
+        rescued = rescue(self._engine, wanted)
 
         def change(state: Record) -> Record:
             state = self._engine.write_down(state)
@@ -227,6 +229,7 @@ class Store(Distributed):
         Raises:
             CheckpointNotFound, Fenced, CommitUnknown
         """
+        self._background.wait()
         wanted = target.id if isinstance(target, Checkpoint) else target
         if not isinstance(wanted, str):
             raise UsageError("delete takes a name, an id or a Checkpoint")
@@ -252,6 +255,7 @@ class Store(Distributed):
 
     def prune(self) -> list[str]:
         """Apply the retention rules now, as every save does, and return the ids of the checkpoints that went."""
+        self._background.wait()
         gone: list[str] = []
 
         def change(state: Record) -> Record | None:
@@ -270,6 +274,7 @@ class Store(Distributed):
         Raises:
             DamagedRecord: the newest record is damaged; acquire first.
         """
+        self._background.wait()
         self._engine.settle()
         head = self._engine.log.head()
         garbage = find_garbage(self._engine.backend, head)
@@ -286,22 +291,8 @@ class Store(Distributed):
             UsageError: not an `op_id`.
             Fenced, CommitUnknown, DamagedRecord, BackendError: it cannot be told now.
         """
-        parts = (unknown.op_id if isinstance(unknown, CommitUnknown) else str(unknown)).split("-")
-        if len(parts) not in (2, 3) or not (parts[0].isascii() and parts[0].isdigit() and len(parts[0]) <= 12 and parts[1]):
-            raise UsageError(f"{unknown!r:.100} is no CommitUnknown, and not the op_id of one")
-        slot, op = int(parts[0]), parts[1]
-        answer = self._engine.log.took_effect(op, slot)
-        if answer is None:
-            if slot == self._engine.log.head().slot + 1:
-                self._writer.commit(lambda state: state, new_op())
-            answer = self._engine.log.took_effect(op, slot)  # also if it was taken between the two looks
-        if answer is None:
-            raise DamagedRecord(f"commit record {slot} is not there, although it should be by now; is this the right store?")
-        if answer and parts[2:]:
-            raise CommitUnknown(
-                f"commit {slot} is visible, but was never confirmed to be durable; save once more", op, slot, False
-            )
-        return answer
+        self._background.wait()
+        return self._writer.resolve(unknown)
 
     # --- reading
 
@@ -324,6 +315,7 @@ class Store(Distributed):
             Damaged: nothing whole is left.
             UnsafeContent: see `Checkpoint.load`.
         """
+        self._background.raise_failure()
 
         def read(checkpoint: Checkpoint) -> Any:
             return checkpoint.load(file, map_location=map_location, weights_only=weights_only)
@@ -375,14 +367,17 @@ class Store(Distributed):
         Raises:
             CheckpointNotFound, StoreNotFound
         """
+        self._background.raise_failure()
         return Checkpoint(self._engine, find(self.url, existing(self._engine).record, target, step))
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return all checkpoints, oldest first."""
+        self._background.raise_failure()
         return [Checkpoint(self._engine, entry) for entry in self._engine.head().record.checkpoints]
 
     def names(self) -> dict[str, str]:
         """Return what every name points to: name -> id."""
+        self._background.raise_failure()
         return dict(sorted(self._engine.head().record.names.items()))
 
     def verify(self, target: str | Checkpoint | None = None, progress: Callable[[int], object] | None = None) -> list[Damage]:
@@ -391,6 +386,7 @@ class Store(Distributed):
         Damage to one of the newest commit records counts too, even while a newer one is whole. A checkpoint that is pruned meanwhile
         is none, but asked for by itself it raises `CheckpointNotFound`. `progress` is called with the number of bytes just done.
         """
+        self._background.raise_failure()
         if target is not None:
             return (target if isinstance(target, Checkpoint) else self.checkpoint(target)).verify(progress)
         found = [Damage("", "", (), message) for message in self._engine.log.damaged()]
@@ -406,10 +402,6 @@ class Store(Distributed):
         """Where the store is, for messages; never with a secret in it."""
         return self._engine.backend.url
 
-    def close(self) -> None:
-        """Release threads and connections. Idempotent."""
-        self._engine.close()
-
     def __contains__(self, target: object) -> bool:
         wanted = target.id if isinstance(target, Checkpoint) else target
         state = self._engine.head().record
@@ -417,12 +409,6 @@ class Store(Distributed):
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return iter(self.checkpoints())
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Store {self.url}>"
@@ -435,15 +421,3 @@ class Store(Distributed):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(**state)
-
-    # --- parts of the above
-
-    def _rescue(self, wanted: str) -> Entry | None:
-        """Return an entry made from the manifest of data that a damaged record may have named, if `wanted` is that and it is whole."""
-        if wanted not in self._engine.head().record.spared:
-            return None
-        entry = self._engine.unrecorded(wanted)
-        damage = Checkpoint(self._engine, entry).verify()
-        if damage:
-            raise DamagedManifest(f"{wanted} cannot be brought back: {damage[0].reason}")
-        return entry

@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import IO, Any, Protocol, cast
 
@@ -41,11 +41,14 @@ class Sink(Protocol):
     def write(self, data: memoryview, /) -> int: ...
 
 
-def save(obj: Any, sink: Sink) -> tuple[str, ...]:
+def save(obj: Any, sink: Sink, locations: Mapping[int, str] | None = None) -> tuple[str, ...]:
     """Write `obj` to `sink` with `torch.save`, as a plain ``.pt`` file.
 
     torch hands over the bytes of each CPU storage in one piece and without a copy (a 5 GiB tensor is one `write`), everything
     else in pieces of less than 100 bytes or so, and the pickle in one.
+
+    Args:
+        locations: for storages that are copies from elsewhere, by their `_cdata`: where ("cuda:0") torch.load is to put them.
 
     Returns:
         The qualified names of what ``torch.load(weights_only=True)`` would refuse, sorted; empty if it loads as it is. What was
@@ -56,12 +59,12 @@ def save(obj: Any, sink: Sink) -> tuple[str, ...]:
         BackendError: the sink took fewer bytes than it was given.
         Exception: whatever the sink, or a ``__reduce__`` or ``__getstate__`` inside `obj`, raised.
     """
-    return _save(obj, sink, ZipSums() if _sums_may_be_ours() else None)
+    return _save(obj, sink, ZipSums() if _sums_may_be_ours() else None, locations or {})
 
 
-def _save(obj: Any, sink: Sink, sums: ZipSums | None) -> tuple[str, ...]:
+def _save(obj: Any, sink: Sink, sums: ZipSums | None, locations: Mapping[int, str]) -> tuple[str, ...]:
     guard = _Guard(sink, sums)
-    recorder = _Recorder(guard, get_crc32_options())
+    recorder = _Recorder(guard, get_crc32_options(), locations)
     handled = sys.exc_info()[1]
     failure: BaseException | None = None
     outer = getattr(_saving, "recorder", None)  # of a save whose __reduce__ or the like has called us
@@ -110,7 +113,7 @@ def _sums_may_be_ours() -> bool:
     elsewhere.run(set_crc32_options, True)
     elsewhere.run(torch.save, sample, theirs)
     try:
-        _save(sample, ours, ZipSums())
+        _save(sample, ours, ZipSums(), {})
     except BackendError:
         return False
     return ours.getvalue() == theirs.getvalue()
@@ -185,9 +188,10 @@ class _Guard:
 class _Recorder:
     """Looks at the pickle before torch writes it; what it saw is here afterwards."""
 
-    def __init__(self, guard: _Guard, crcs: bool) -> None:
+    def __init__(self, guard: _Guard, crcs: bool, locations: Mapping[int, str]) -> None:
         self.guard = guard
         self._crcs = crcs
+        self.locations = locations
         self.error: BaseException | None = None
         self.unsafe: tuple[str, ...] = ()
         self.storages: set[str] = set()
@@ -235,6 +239,9 @@ def _watched(persistent_id: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
         if pid is not None:
             check_storage(obj)
             self._recorder.storages.add(pid[2])
+            location = self._recorder.locations.get(getattr(obj, "_untyped_storage", obj)._cdata)
+            if location is not None:
+                pid = (*pid[:3], location, *pid[4:])
         return pid
 
     return watch

@@ -8,7 +8,7 @@ import socket
 import stat
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -85,6 +85,8 @@ class Transaction:
         self._unsafe: dict[str, list[str]] = {}
         self._versions = {"ckptstore": __version__, "python": platform.python_version(), "host": _host()}
         self._checkpoint: Checkpoint | None = None
+        self._before_write: Callable[[], object] = _nothing
+        self._before_commit: Callable[[], object] = _nothing
         self.id = ""
         """Id of the checkpoint being written; known inside the block."""
         self.by = ""
@@ -105,7 +107,7 @@ class Transaction:
         self._engine.settle()
         self._epoch = self._writer.begin()
         self.id = new_id(self._epoch, self._draft.step)
-        self._files = Files(self._engine, self.id)
+        self._files = Files(self._engine, self.id, self._before_write)
         self._state = "open"
         return self
 
@@ -129,20 +131,32 @@ class Transaction:
         Raises:
             NotSerializable: `torch.save` cannot write it; the transaction publishes nothing.
         """
+        from .snapshot import to_state
+
+        self.save_state(to_state(obj), path)
+
+    def save_state(self, state: Any, path: str, locations: Mapping[int, str] | None = None) -> None:
+        """Write what `snapshot.to_state` has made; `locations` as for `torchfile.save`."""
         import torch
 
-        from . import snapshot, torchfile
+        from . import torchfile
 
-        state = snapshot.to_state(obj)
         with self.open(path) as file:
-            unsafe = torchfile.save(state, file)
+            unsafe = torchfile.save(state, file, locations)
         self._versions["torch"] = torch.__version__
         if unsafe:
             self._unsafe[path] = list(unsafe)
             message = (
                 f"{path} holds {', '.join(unsafe)}, which only weights_only=False will load; save tensors and plain containers"
             )
-            warnings.warn(message, WeightsOnlyWarning, stacklevel=3)
+            warnings.warn(message, WeightsOnlyWarning, stacklevel=4)
+
+    def watch(self, before_write: Callable[[], object], before_commit: Callable[[], object]) -> None:
+        """Have the one called before each write, the other when all but the record is durable. What they raise ends the transaction.
+
+        Before the block is entered.
+        """
+        self._before_write, self._before_commit = before_write, before_commit
 
     def save_rng(self) -> None:
         """Write the Python, NumPy and torch random generators; `Store.resume` restores them."""
@@ -286,6 +300,7 @@ class Transaction:
     def _make_durable(self) -> None:
         try:
             self._files.finish()
+            self._before_commit()
         except BaseException as exc:
             raise _NotDurable(exc) from exc
 
@@ -316,3 +331,7 @@ def _host() -> str:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _nothing() -> None:
+    pass

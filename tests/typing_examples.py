@@ -49,6 +49,17 @@ def until_told_to_stop(store: ckptstore.Store) -> None:
         assert_type(guard.seconds_left, float)
 
 
+def in_the_background(store: ckptstore.Store, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    pending = store.save_async({"model": model, "optimizer": optimizer}, step=7, rng=True, when_busy="skip", optimizer=optimizer)
+    assert_type(pending, ckptstore.PendingSave)
+    pending.add_done_callback(lambda done: print(done.exception()))
+    if not pending.done():
+        assert_type(pending.cancel(), bool)
+    assert_type(pending.result(timeout=3), ckptstore.Checkpoint)
+    store.save_async({}, optimizer=[optimizer], checked=True, when_busy="replace")
+    store.save_async({}, when_busy="never")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 def several_files(tokenizer: Path) -> None:
     store = ckptstore.Store(Path("runs/42"), keep_last=3, acquire=False)
     with store.transaction("latest", step=1000) as tx:

@@ -1,0 +1,213 @@
+"""Bytes of storages, copied into memory of the host that is kept warm for the next time."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Container, Iterable, Sequence
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+
+from .checksum import crc64nvme
+from .errors import ChangedWhileSaving
+
+__all__ = ["Buffers", "HostCopy"]
+
+_ALIGNMENT = 64
+_SHORT = 1 << 18
+"""Bytes. To copy less, the GIL is kept: letting go of it may cost more than the copy, if somebody else takes it."""
+
+_HOST = torch.device("cpu")
+
+_move_keeping_gil = ctypes.PyDLL(None).memmove
+_move_keeping_gil.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_move_keeping_gil.restype = None
+
+
+def _move(to: int, source: int, size: int) -> None:
+    if size < _SHORT:
+        _move_keeping_gil(to, source, size)
+    else:
+        ctypes.memmove(to, source, size)
+
+
+class Buffer:
+    """Memory of the host: pinned, or in pages as large as the system has them."""
+
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.size = size
+        self.pinned = pinned
+        if pinned:
+            self._owner: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.address = self._owner.data_ptr()
+        else:
+            self._owner = memory = mmap.mmap(-1, size)
+            # A forked child has no use for it; else, while the child lives, every page written here would be copied first.
+            for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+                with suppress(AttributeError, OSError):
+                    memory.madvise(getattr(mmap, advice))
+            self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+    def view(self, start: int, size: int) -> memoryview:
+        """Return the bytes from `start` on."""
+        if self.pinned:
+            return memoryview((ctypes.c_char * size).from_address(self.address + start)).cast("B")
+        return memoryview(self._owner)[start : start + size]
+
+
+class Buffers:
+    """The buffers of one store. One that has been given back is kept for the next save: its pages need not be made again."""
+
+    def __init__(self) -> None:
+        self._free: Buffer | None = None
+
+    def take(self, size: int, pinned: bool) -> Buffer:
+        """Return a buffer of at least `size` bytes."""
+        free, self._free = self._free, None
+        if free is None or free.size < size or free.pinned != pinned:
+            free = None  # before the other is made: both together might be too much
+            free = Buffer(max(size, 1), pinned)
+        return free
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Let the next save have `buffer`."""
+        if self._free is None or self._free.size < buffer.size:
+            self._free = buffer
+
+
+class HostCopy:
+    """Copies storages into a buffer: some at once, the others later, by another thread.
+
+    `copy_now` is for the thread that made this, then `copy_rest` for the other; `wait` for whoever is about to change what is copied.
+
+    Args:
+        storages: what to copy; let go of once it is copied.
+        later: the numbers of those that nobody will change without a `wait` before.
+        checked: compare the checksum of what will be copied later with that of what is there now.
+    """
+
+    def __init__(self, storages: Sequence[torch.UntypedStorage], buffers: Buffers, later: Container[int], checked: bool) -> None:
+        self._sources = list(storages)
+        self._sizes = [s.nbytes() for s in storages]
+        self._starts: list[int] = []
+        end = 0
+        for size in self._sizes:
+            self._starts.append(end)
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        devices = {s.device for s in storages} - {_HOST}
+        self._locations: list[str | None] = [None] * len(storages)
+        if devices:
+            self._locations = [None if s.device == _HOST else torch.serialization.location_tag(s) for s in storages]
+        self._streams = {device: _stream(device) for device in devices}
+        self._now = [n for n in range(len(storages)) if n not in later]
+        self._later = [n for n in range(len(storages)) if n in later]
+        self._watched: list[tuple[int, torch.Tensor, int]] = []
+        self._complete = False
+        self._over = threading.Lock()  # not an Event: see `workers`
+        self._over.acquire()
+        self._problem: tuple[int, str] | None = None
+        host = [n for n in self._later if self._locations[n] is None and self._sizes[n]]
+        self._sums = {n: crc64nvme(_memory(self._sources[n])) for n in host} if checked else {}
+        self._buffer = buffers.take(end, any(d.type == "cuda" for d in devices))
+
+    def watch(self, tensors: Iterable[tuple[int, torch.Tensor]]) -> None:
+        """Find out later whether torch has changed one of these, each given with the number of its storage, before it was copied."""
+        self._watched = [(number, tensor, tensor._version) for number, tensor in tensors]  # as the notes on autograd tell of it
+
+    def copy_now(self) -> None:
+        """Copy what may change as soon as this returns."""
+        self._copy(self._now)
+        if not self._later:
+            self._let_go()
+
+    def copy_rest(self) -> None:
+        """Copy the rest."""
+        if not self._complete:
+            self._copy(self._later)
+            changed = [n for n, tensor, version in self._watched if tensor._version != version]
+            if changed:
+                self._problem = changed[0], "torch has counted a change in place"
+            self._let_go()
+
+    def wait(self) -> None:
+        """Return when nothing is left to copy."""
+        if not self._complete:
+            with self._over:
+                pass
+
+    def check(self) -> None:
+        """Raise `ChangedWhileSaving` if something was changed before it was copied; call it when all is copied."""
+        for n, before in self._sums.items():
+            if self._problem is None and crc64nvme(self._buffer.view(self._starts[n], self._sizes[n])) != before:
+                self._problem = n, "its checksum is not that of what was there when the save began"
+        if self._problem is not None:
+            number, why = self._problem
+            raise ChangedWhileSaving(
+                f"a parameter or a state of an optimizer ({self._sizes[number]} bytes, storage {number} of the file) was changed by "
+                f"something else than a step before it was copied: {why}. Nothing was published. Change it before save_async or after the "
+                "next step, or save without optimizer="
+            )
+
+    def abandon(self) -> None:
+        """Have nobody wait for this any more: what it copied will not be used."""
+        self._let_go()
+
+    def copies(self) -> tuple[list[torch.UntypedStorage], dict[int, str]]:
+        """Return the copies as storages, and for those from a device what torch.save is to say where they were, by `_cdata`."""
+        found: list[torch.UntypedStorage] = []
+        locations: dict[int, str] = {}
+        for start, size, location in zip(self._starts, self._sizes, self._locations, strict=True):
+            if size:
+                copy = torch.frombuffer(self._buffer.view(start, size), dtype=torch.uint8).untyped_storage()
+            else:
+                copy = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+            found.append(copy)
+            if location is not None:
+                locations[copy._cdata] = location
+        return found, locations
+
+    def give_back(self, buffers: Buffers) -> None:
+        """Return the buffer: nobody copies into it, and nobody reads it any more."""
+        buffers.give_back(self._buffer)
+
+    def _copy(self, numbers: Sequence[int]) -> None:
+        moved = set()
+        for n in numbers:
+            source, size = self._sources[n], self._sizes[n]
+            if source.nbytes() != size:  # its memory may be gone
+                self._problem = n, f"its storage has {source.nbytes()} bytes now"
+            elif self._locations[n] is None:
+                _move(self._buffer.address + self._starts[n], source.data_ptr(), size)
+            elif size:
+                into = torch.frombuffer(self._buffer.view(self._starts[n], size), dtype=torch.uint8)
+                stream = self._streams[source.device]
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    bare = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)
+                    into.copy_(bare, non_blocking=stream is not None)
+                moved.add(source.device)
+        for device in moved:
+            stream = self._streams[device]
+            if stream is not None:
+                stream.synchronize()
+
+    def _let_go(self) -> None:
+        self._sources, self._watched, self._streams = [], [], {}
+        if not self._complete:
+            self._complete = True
+            self._over.release()
+
+
+def _memory(storage: torch.UntypedStorage) -> memoryview:
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream to copy from `device` on, after what has been given to the device so far; None for devices that are not CUDA's."""
+    if device.type != "cuda":
+        return None
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream

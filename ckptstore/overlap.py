@@ -1,0 +1,137 @@
+"""What does not change between two steps of an optimizer, and a gate before the steps.
+
+Forward and backward read parameters and the optimizer's state; only a step writes them. So they can be copied meanwhile, if the next step
+waits until that is done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .errors import UsageError
+from .hostcopy import HostCopy
+
+__all__ = ["Gate", "as_optimizers", "stable_tensors"]
+
+
+def as_optimizers(given: Any) -> list[Optimizer]:
+    """Return what the user gave for ``optimizer=``, one or several, as a list.
+
+    Raises:
+        UsageError: something in it is no optimizer.
+    """
+    found = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+    for one in found:
+        if not isinstance(one, Optimizer):
+            raise UsageError(f"optimizer must be a torch.optim.Optimizer or a list of them, not {type(one).__name__}")
+    return found
+
+
+def stable_tensors(optimizers: Sequence[Optimizer]) -> dict[int, list[torch.Tensor]]:
+    """Return, by the id of their storage, the tensors that only a step of `optimizers` changes: parameters and optimizer state.
+
+    Left out are those whose storage holds something else as well, what shares memory with a gradient, and everything if this is called
+    inside a step (by a closure, for one).
+    """
+    if _inside_a_step(optimizers):
+        return {}
+    found: dict[int, list[torch.Tensor]] = {}
+    covered: dict[int, dict[tuple[int, int], int]] = {}
+    for tensor in _tensors(optimizers):
+        if type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_inference():
+            storage, size = tensor.untyped_storage(), tensor.nbytes
+            found.setdefault(id(storage), []).append(tensor)
+            if size != storage.nbytes():
+                covered.setdefault(id(storage), {})[tensor.data_ptr(), size] = size
+    for key, parts in covered.items():
+        tensors = found[key]
+        size = tensors[0].untyped_storage().nbytes()
+        if sum(parts.values()) < size and not any(t.nbytes == size for t in tensors):
+            del found[key]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None and gradient.layout is torch.strided and found:
+                    found.pop(id(gradient.untyped_storage()), None)
+    return found
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Others may have their numbers elsewhere."""
+
+
+def _tensors(optimizers: Iterable[Optimizer]) -> Iterator[torch.Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+        for state in optimizer.state.values():
+            for value in state.values() if isinstance(state, dict) else ():
+                if isinstance(value, torch.Tensor):
+                    yield value
+                elif isinstance(value, (list, tuple)):  # LBFGS's history
+                    yield from (v for v in value if isinstance(v, torch.Tensor))
+
+
+def _inside_a_step(optimizers: Sequence[Optimizer]) -> bool:
+    """Say whether a method of one of them is running in this thread."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if "self" in frame.f_code.co_varnames and any(frame.f_locals.get("self") is o for o in optimizers):
+            return True
+    return False
+
+
+class Gate:
+    """Has the next step of each optimizer wait until what it would change is copied."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._copies: tuple[HostCopy, ...] = ()
+        self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+
+    def close_for(self, copy: HostCopy, optimizers: Iterable[Optimizer]) -> None:
+        """Let no step of `optimizers` begin before `copy` is complete."""
+        with self._lock:
+            for optimizer in optimizers:
+                # Once for all: torch.compile would compile a step anew each time its hooks change.
+                if optimizer not in self._handles:
+                    self._handles[optimizer] = optimizer.register_step_pre_hook(self._hook())
+            self._copies = (*self._copies, copy)
+
+    def open_for(self, copy: HostCopy) -> None:
+        """Forget `copy`: it is complete, or nobody needs it any more."""
+        with self._lock:
+            self._copies = tuple(c for c in self._copies if c is not copy)
+
+    def wait(self) -> None:
+        """Return when nothing is left to copy. In a forked child at once: the thread that copies is its parent's."""
+        if self._pid == os.getpid():
+            for copy in self._copies:
+                copy.wait()
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizers."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.remove()
+            self._handles = WeakKeyDictionary()
+
+    def _hook(self) -> Any:
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self.wait()
+
+        # What torch.compiler.disable would set, which imports the whole compiler: a compiled step calls this, and looks not into it.
+        before_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+        return before_step

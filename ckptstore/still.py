@@ -1,0 +1,75 @@
+"""A state held still: taken at one moment, to be saved later by another thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .capture import Capture
+from .hostcopy import Buffers, HostCopy
+from .overlap import Gate, stable_tensors
+
+__all__ = ["Place", "Still"]
+
+
+class Place:
+    """What the saves of one store use in turn: memory, and the gate before the steps of the optimizers."""
+
+    def __init__(self) -> None:
+        self.buffers = Buffers()
+        self.gate = Gate()
+
+
+class Still:
+    """What `state` is now. Its structure is taken at once, its numbers by `copy`, except those that only a step of `optimizers` changes.
+
+    Raises:
+        NotSerializable: `torch.save` could not write it.
+    """
+
+    def __init__(self, state: Any, optimizers: Sequence[Optimizer]) -> None:
+        self._capture = Capture(state)
+        self._optimizers = optimizers
+        self._copy: HostCopy | None = None
+        self._place: Place | None = None
+
+    def copy(self, place: Place, checked: bool) -> None:
+        """Copy what may change when this returns. The next step of an optimizer waits for the rest."""
+        storages = self._capture.storages
+        stable = stable_tensors(self._optimizers) if self._optimizers else {}
+        later = {n: stable[id(s)] for n, s in enumerate(storages) if id(s) in stable} if stable else {}
+        self._place = place
+        copy = self._copy = HostCopy(storages, place.buffers, later, checked)
+        if later:
+            copy.watch((n, tensor) for n, tensors in later.items() for tensor in tensors)
+            place.gate.close_for(copy, self._optimizers)
+        copy.copy_now()
+        self._capture.forget_live()
+
+    def finish_copy(self) -> None:
+        """Copy the rest, and let the optimizers go on.
+
+        Raises:
+            ChangedWhileSaving: something was changed before it was copied.
+        """
+        assert self._copy is not None
+        assert self._place is not None
+        self._copy.copy_rest()
+        self._place.gate.open_for(self._copy)
+        self._copy.check()
+
+    def state(self) -> tuple[Any, dict[int, str]]:
+        """Return what `torch.save` is to write, and where it is to say that storages were; see `torchfile.save`."""
+        assert self._copy is not None
+        copies, locations = self._copy.copies()
+        return self._capture.rebuild(copies), locations
+
+    def drop(self) -> None:
+        """Give the memory back for the next one; nobody copies into it, and nobody reads it any more. Idempotent."""
+        copy, self._copy = self._copy, None
+        if copy is not None and self._place is not None:
+            copy.abandon()
+            self._place.gate.open_for(copy)
+            copy.give_back(self._place.buffers)
