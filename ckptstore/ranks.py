@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .errors import CkptStoreError, NotSerializable, RankFailed, UsageError
+from .errors import CkptStoreError, RankFailed, UsageError
 
 __all__ = ["Ranks", "portable", "ranks_of", "whole_state"]
 
@@ -126,25 +126,10 @@ def whole_state(obj: Any, ranks: Ranks) -> Any:
 
     def take() -> None:
         states.append(snapshot.to_state(obj))
-        path = _sharded(states[0], "obj")
-        if path:
-            raise NotSerializable(
-                f"{path} is a DTensor of which each rank has a part, and one rank was to save it; save with "
-                "dcp.save(state, storage_writer=store.dcp_writer(…)), or a full state dict (StateDictOptions(full_state_dict=True))"
-            )
+        snapshot.refuse_parts(states[0])
 
     ranks.together(take)
     return states[0]
-
-
-def _sharded(value: Any, path: str) -> str:
-    """Return where in `value` a tensor is of which this process has only a part, or nothing."""
-    if isinstance(value, dict):
-        return next((p for k, v in value.items() if (p := _sharded(v, f"{path}[{k!r}]"))), "")
-    if isinstance(value, (list, tuple)):
-        return next((p for i, v in enumerate(value) if (p := _sharded(v, f"{path}[{i}]"))), "")
-    placements = getattr(value, "placements", ()) if hasattr(type(value), "full_tensor") else ()
-    return path if any(not p.is_replicate() for p in placements) else ""
 
 
 def _attempt(call: Callable[[], _R]) -> _Outcome[_R]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .errors import StateMismatch
+from .errors import NotSerializable, StateMismatch
 
-__all__ = ["restore", "to_state"]
+__all__ = ["refuse_parts", "restore", "to_state"]
 
 
 def to_state(obj: Any) -> Any:
@@ -78,6 +79,39 @@ def _holders(obj: Any) -> set[int]:
                 holders.add(parent)
                 found.append(parent)
     return holders
+
+
+def refuse_parts(state: Any) -> None:
+    """Refuse a state of which this process has only its own part: what is loaded elsewhere would be wrong, and nobody would notice.
+
+    Raises:
+        NotSerializable: says where.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    queue = [("obj", state)]
+    seen: set[int] = set()
+    while queue:
+        path, node = queue.pop()
+        if isinstance(node, dict):
+            parts: Iterable[tuple[Any, Any]] = node.items()
+        elif isinstance(node, (list, tuple)):
+            parts = enumerate(node)
+        elif (
+            hasattr(type(node), "full_tensor")
+            and node.device_mesh.size() > 1
+            and not all(p.is_replicate() for p in node.placements)
+        ):
+            raise NotSerializable(
+                f"{path} is a DTensor of which each rank has a part, and this would save one rank's; save with "
+                "dcp.save(state, storage_writer=store.dcp_writer(…)), or a full state dict (StateDictOptions(full_state_dict=True)), "
+                "or to_local() of it on every rank, under names of their own"
+            )
+        else:
+            continue
+        if id(node) not in seen:
+            seen.add(id(node))
+            queue += [(f"{path}[{key!r}]", part) for key, part in parts]
 
 
 def _has(obj: Any, method: str) -> bool:

@@ -131,9 +131,11 @@ class Transaction:
         Raises:
             NotSerializable: `torch.save` cannot write it; the transaction publishes nothing.
         """
-        from .snapshot import to_state
+        from .snapshot import refuse_parts, to_state
 
-        self.save_state(to_state(obj), path)
+        state = to_state(obj)
+        refuse_parts(state)
+        self.save_state(state, path)
 
     def save_state(self, state: Any, path: str, locations: Mapping[int, str] | None = None) -> None:
         """Write what `snapshot.to_state` has made; `locations` as for `torchfile.save`."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ckptstore import Store
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import BackendError, FallbackWarning
+from ckptstore.errors import BackendError, FallbackWarning, NotSerializable
 from ckptstore.testing import Fault, FaultyBackend
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process
@@ -293,6 +293,26 @@ def save_how(channel: Channel, rank: int, url: str, how: str) -> Any:
         return store.save(state, step=1, process_group=dist.group.WORLD).id
 
 
+def save_parts(channel: Channel, rank: int, url: str) -> Any:
+    """Save on one rank what all ranks have parts of, which is refused, and what each has all of."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    told: Any = None
+    with Store(url) as store:
+        parts = sharded(1.0)["a"]
+        same = distribute_tensor(torch.ones(3), mesh, [Replicate()])
+        cycle: dict[str, Any] = {"deep": [{"x": parts}]}
+        cycle["self"] = cycle
+        if rank == 0:
+            try:
+                store.save(cycle)
+            except NotSerializable as exc:
+                told = str(exc)
+            store.save({"x": same}, "same")
+            store.save({"x": parts.to_local()}, "rank-0")
+        dist.barrier()
+    return told
+
+
 def save_together_badly(channel: Channel, rank: int, url: str, how: str) -> Any:
     """Save on all ranks together what cannot be, and then what can."""
     bad: dict[str, Any] = {
@@ -357,3 +377,56 @@ def no_group(channel: Channel, rank: int, url: str) -> Any:
         if rank:
             store.save({}, process_group=alone)
     return os.getpid()
+
+
+# -- harder lives
+
+
+def save_on_mounts(channel: Channel, rank: int, urls: list[str], value: float) -> Any:
+    """Save as `save_value` does, each rank through a mount of its own."""
+    return save_value(channel, rank, urls[rank], value)
+
+
+def load_on_mounts(channel: Channel, rank: int, urls: list[str]) -> Any:
+    """Load as `load_values` does, each rank through a mount of its own, the other way round."""
+    return load_values(channel, rank, urls[1 - rank])
+
+
+def save_for_ever(channel: Channel, rank: int, url: str) -> Any:
+    """Resume, and save one value after the other until killed; say what was acknowledged."""
+    with Store(url) as store:
+        state = sharded(0.0, rows=16)
+        checkpoint = store.dcp_resume(state)
+        value = checkpoint.step if checkpoint and checkpoint.step else 0
+        assert all(full(t).eq(value).all() for t in state.values())
+        channel.send("resumed", value)
+        while True:
+            value += 1
+            dcp.save(sharded(float(value), rows=16), storage_writer=store.dcp_writer(step=value))
+            channel.send("saved", value)
+
+
+TORCHRUN = """
+import os, signal, sys, warnings
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from ckptstore import Store
+
+dist.init_process_group("gloo")
+rank, restarts = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+state = {"x": distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)]), "step": 0}
+with Store(sys.argv[1]) as store:
+    found = store.dcp_resume(state)
+    assert (found is None) == (restarts == 0), (found, restarts)
+    while state["step"] < 6:
+        state["step"] += 1
+        state["x"] += 1
+        dcp.save(state, storage_writer=store.dcp_writer(step=state["step"]))
+        if restarts == 0 and rank == 1 and state["step"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+assert state["x"].full_tensor().eq(6).all()
+dist.destroy_process_group()
+"""
+"""Six steps of two ranks, one of which is killed after the third of the first start."""

@@ -217,6 +217,11 @@ class TestHabits:
         assert ranks.run(work.save_together_badly, 2, url, how) == [[kind, {}] for kind in told]
         assert Store(url).load() == {"x": 1}
 
+    def test_a_part_of_a_sharded_state_is_not_saved_as_if_it_were_all(self, ranks: Ranks, url: str) -> None:
+        told, _ = ranks.run(work.save_parts, 2, url)
+        assert "obj['deep'][0]['x'] is a DTensor of which each rank has a part" in told
+        assert set(Store(url).names()) == {"same", "rank-0"}
+
     @pytest.mark.parametrize("bad_rank", [0, 1])
     def test_all_ranks_resume_from_what_all_find_whole(self, ranks: Ranks, url: str, bad_rank: int) -> None:
         """And they are one job from then on, although nothing told them of each other but the group: each may save."""
