@@ -21,7 +21,7 @@ from .ranges import read_ranges
 from .reading import VerifiedFile, check_size, damaged_ranges, read_file
 from .record import Entry
 
-__all__ = ["RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
+__all__ = ["LOADERS", "RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
 
 STATE_FILE = "state.pt"
 """The file that `Store.save` writes and `Store.load` reads."""
@@ -29,7 +29,8 @@ RNG_FILE = "rng.pt"
 """The file that holds the random generators, saved with ``rng=True``."""
 
 
-_LOADERS = {
+LOADERS = {
+    "": "store.load or store.resume",
     "accelerate": "ckptstore.integrations.accelerate.load_state",
     "torch.distributed.checkpoint": "dcp.load(state, storage_reader=store.dcp_reader(…))",
     "transformers": "ckptstore.integrations.transformers.StoreCallback.newest",
@@ -282,9 +283,9 @@ class Checkpoint:
     def _file(self, file: str) -> FileEntry:
         entry = self.manifest.file(file)
         if entry is None:
-            if self.by in _LOADERS:
+            if self.by and self.by in LOADERS:
                 raise WrongKind(
-                    f"checkpoint {self.id} has no file {file!r:.200}: it was written by {self.by}; {_LOADERS[self.by]} loads it"
+                    f"checkpoint {self.id} has no file {file!r:.200}: it was written by {self.by}; {LOADERS[self.by]} loads it"
                 )
             names = ", ".join(sorted(f.path for f in self.manifest.files)) or "none"
             raise NotFound(f"checkpoint {self.id} has no file {file!r:.200}; it has: {names:.500}")

@@ -9,10 +9,11 @@ from types import TracebackType
 
 from .checksum import ALGORITHM
 from .engine import Engine
-from .errors import CkptStoreError, DamagedFile, InvalidName, UsageError
+from .errors import CkptStoreError, DamagedFile, InvalidName, KeyMismatch, UsageError
 from .manifest import FileEntry
 from .naming import check_path, data_key, file_key
 from .protocol import PartWriter
+from .reading import check_size
 from .transfer import FileSink
 
 __all__ = ["Files", "TransactionFile"]
@@ -122,8 +123,18 @@ class Files:
 
         Raises:
             InvalidName: its path is taken.
+            UsageError: it is not there: the other process has another store.
+            KeyMismatch: the other process had no `hmac_key`.
         """
-        self._files[self._take(entry.path)] = entry
+        key = self._take(entry.path)
+        try:
+            check_size(self._engine.backend, data_key(self._id, key), entry)
+        except DamagedFile as exc:
+            why = f"nothing was published: another process says that it has written {entry.path}, and here {exc}"
+            raise UsageError(f"{why}; all must name the same store, on storage that they share") from exc
+        if self._engine.key and len(entry.digests) != len(entry.chunks):
+            raise KeyMismatch(f"nothing was published: {entry.path} was written by a process without the hmac_key of this store")
+        self._files[key] = entry
 
     def _take(self, path: str) -> str:
         """Return the key of the new file `path`."""

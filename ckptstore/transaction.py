@@ -231,6 +231,7 @@ class Transaction:
 
         Raises:
             InvalidName: its path is taken.
+            UsageError, KeyMismatch: the other process has another store, or no `hmac_key`.
         """
         self._files.adopt(entry)
         if unsafe:

@@ -392,6 +392,12 @@ def load_on_mounts(channel: Channel, rank: int, urls: list[str]) -> Any:
     return load_values(channel, rank, urls[1 - rank])
 
 
+def save_with_a_key_on_one(channel: Channel, rank: int, url: str) -> Any:
+    """Save with an `hmac_key` on rank 0 only."""
+    with Store(url, hmac_key=None if rank else b"sixteen bytes or more") as store:
+        dcp.save(sharded(1.0), storage_writer=store.dcp_writer())
+
+
 def save_for_ever(channel: Channel, rank: int, url: str) -> Any:
     """Resume, and save one value after the other until killed; say what was acknowledged."""
     with Store(url) as store:

@@ -127,6 +127,19 @@ class TestFailures:
             assert causes == {"3": ["CkptStoreError", "dcp_process.Odd: odd: 3"]}
         assert Store(url).checkpoints() == []
 
+    def test_ranks_that_name_different_stores_all_raise(self, ranks: Ranks, tmp_path: Path) -> None:
+        """As they do who give a path of a local disk on several hosts."""
+        urls = [str(tmp_path / "one"), str(tmp_path / "two")]
+        for kind, causes in ranks.run(work.save_on_mounts, 2, urls, 1.0):
+            assert (kind, causes["0"][0]) == ("CheckpointException", "UsageError")
+            assert "__1_0.distcp" in causes["0"][1]
+            assert "all must name the same store" in causes["0"][1]
+        assert [Store(url).checkpoints() for url in urls] == [[], []]
+
+    def test_ranks_of_which_one_has_no_key_all_raise(self, ranks: Ranks, url: str) -> None:
+        for kind, causes in ranks.run(work.save_with_a_key_on_one, 2, url):
+            assert (kind, causes["0"][0]) == ("CheckpointException", "KeyMismatch")
+
     def test_an_older_job_is_fenced_on_all_ranks(self, ranks: Ranks, url: str) -> None:
         children = ranks.start(work.save_when_told, 2, url)
         for child in children:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from .. import torchfile
-from ..checkpoint import Checkpoint
+from ..checkpoint import LOADERS, Checkpoint
 from ..errors import (
     CkptStoreError,
     Damaged,
@@ -402,7 +402,7 @@ def _metadata(checkpoint: Checkpoint) -> Metadata:
     if not size:
         raise WrongKind(
             f"checkpoint {checkpoint.id} was not written by {BY}, but by {checkpoint.by or 'Store.save or a transaction'}; "
-            f"{'that' if checkpoint.by else 'store.load or store.resume'} loads it"
+            f"{LOADERS.get(checkpoint.by, 'that')} loads it"
         )
     (data,) = checkpoint.read_ranges(METADATA_FILE, [(0, size)])
     return parse(data, f"{checkpoint.id}/{METADATA_FILE}")
