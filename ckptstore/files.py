@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -118,23 +118,25 @@ class Files:
         self._sinks[key] = sink
         return TransactionFile(self, sink, self._before_write)
 
-    def adopt(self, entry: FileEntry) -> None:
-        """Take in a file that another process has written, and made durable, below the same folder.
+    def adopt(self, entries: Sequence[FileEntry]) -> None:
+        """Take in files that other processes have written, and made durable, below the same folder.
 
         Raises:
-            InvalidName: its path is taken.
-            UsageError: it is not there: the other process has another store.
+            InvalidName: a path is taken.
+            UsageError: one is not there: the other process has another store.
             KeyMismatch: the other process had no `hmac_key`.
         """
-        key = self._take(entry.path)
+        for entry, _ in zip(entries, self._engine.workers.map(self._check_adopted, entries), strict=True):
+            self._files[self._take(entry.path)] = entry
+
+    def _check_adopted(self, entry: FileEntry) -> None:
         try:
-            check_size(self._engine.backend, data_key(self._id, key), entry)
+            check_size(self._engine.backend, data_key(self._id, entry.key), entry)
         except DamagedFile as exc:
             why = f"nothing was published: another process says that it has written {entry.path}, and here {exc}"
             raise UsageError(f"{why}; all must name the same store, on storage that they share") from exc
         if self._engine.key and len(entry.digests) != len(entry.chunks):
             raise KeyMismatch(f"nothing was published: {entry.path} was written by a process without the hmac_key of this store")
-        self._files[key] = entry
 
     def _take(self, path: str) -> str:
         """Return the key of the new file `path`."""

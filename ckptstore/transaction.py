@@ -224,18 +224,17 @@ class Transaction:
             raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
         return self._files.open(path)
 
-    def adopt(self, entry: FileEntry, unsafe: Sequence[str] = ()) -> None:
-        """Take in a file that another process of this save has written, and made durable, below ``data/<id>/``.
+    def adopt(self, entries: Sequence[FileEntry], unsafe: Mapping[str, list[str]]) -> None:
+        """Take in files that other processes of this save have written, and made durable, below ``data/<id>/``.
 
-        `unsafe`: the classes in it that ``weights_only=True`` refuses.
+        `unsafe`: by path, the classes that ``weights_only=True`` refuses.
 
         Raises:
-            InvalidName: its path is taken.
+            InvalidName: a path is taken.
             UsageError, KeyMismatch: the other process has another store, or no `hmac_key`.
         """
-        self._files.adopt(entry)
-        if unsafe:
-            self._unsafe[entry.path] = list(unsafe)
+        self._files.adopt(entries)
+        self._unsafe.update(unsafe)
 
     def _write_manifest(self) -> tuple[Manifest, bytes]:
         self._files.check()

@@ -226,10 +226,11 @@ class StoreWriter(StorageWriter):
             given_up.detach()
             self._store._engine.unfinished.discard(transaction.id)  # from here on the transaction cleans up by itself, if it may
             written = [_ours(result, transaction.id) for of_rank in results for result in of_rank]
+            unsafe: dict[str, set[str]] = {}
             for result in written:
-                if result.file is not None:
-                    unsafe = {name for r in written if r.place == result.place for name in r.unsafe}
-                    transaction.adopt(result.file, sorted(unsafe))
+                if result.unsafe:
+                    unsafe.setdefault(result.place.file, set()).update(result.unsafe)
+            transaction.adopt([r.file for r in written if r.file], {path: sorted(names) for path, names in unsafe.items()})
             metadata.storage_data = {result.index: result.storage_data for result in written}
             metadata.storage_meta = StorageMeta(checkpoint_id=transaction.id, save_id=transaction.id)
             metadata.version = _LAYOUT
