@@ -63,6 +63,7 @@ def step_of(root: Path) -> int | None:
         checkpoint = store.dcp_resume(state)
         if checkpoint is None:
             return None
+        store.gc()
         assert litter(store) == []
     step = checkpoint.step
     assert (state["n0"], state["n1"]) == (step, step)
@@ -143,6 +144,7 @@ def test_killed_at_any_moment_and_started_again(ranks: Ranks, tmp_path: Path, ro
         assert found.step is not None
         assert found.step >= acknowledged
         assert store.verify() == []
+        store.gc()
         assert litter(store) == []
     evidence.record("a rank of a distributed save killed at any moment", points=rounds, fired=rounds, violations=0)
 
