@@ -137,7 +137,7 @@ class Nursery:
 
     def __init__(self, *modules: str) -> None:
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(_ANSWER)
+        self._socket.settimeout(5 * _ANSWER)  # what it imports may be large, and the machine busy
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "error", __file__, str(theirs.fileno()), *modules]
         self._process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
@@ -145,6 +145,7 @@ class Nursery:
         self._channel = Channel(self._socket)
         self._children: list[Child] = []
         assert self._channel.recv() == ["ready"]
+        self._socket.settimeout(_ANSWER)
 
     def start(self, function: Callable[..., object], *arguments: Any) -> Child:
         """Fork a child that runs ``function(channel, *arguments)``; arguments travel as JSON."""
