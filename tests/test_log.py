@@ -326,6 +326,14 @@ def test_a_lost_request_is_sent_again_byte_for_byte() -> None:
     assert slots(inner) == [1, 2, 3, 4]
 
 
+def test_what_is_not_there_is_sent_again_even_if_it_would_not_have_been_durable() -> None:
+    inner = new_memory()
+    lost = Ambiguous(5, "the folder could not be flushed", durable=False)
+    faulty = FaultyBackend(inner, [Fault("put_if_absent", 1, before=lost)])
+    assert Log(faulty).commit(grow, new_op()).n == 1
+    assert faulty.calls["put_if_absent"] == 2
+
+
 def test_its_own_write_reported_as_somebody_elses_is_recognised() -> None:
     inner = filled(3)
     log = Log(FaultyBackend(inner, [Fault("put_if_absent", 1, after=AlreadyExists("sent twice"))]))

@@ -16,7 +16,16 @@ import pytest
 from stores import new_memory, state_of, store_on, write
 
 from ckptstore import Store
-from ckptstore.errors import BackendError, CommitUnknown, DamagedManifest, FallbackWarning, InvalidName, Transient, Unreadable
+from ckptstore.errors import (
+    BackendError,
+    CommitUnknown,
+    DamagedManifest,
+    FallbackWarning,
+    InvalidName,
+    NoAtomicCreate,
+    Transient,
+    Unreadable,
+)
 from ckptstore.testing import Fault, FaultyBackend
 from ckptstore.workers import Job, Workers
 from ckptstore.wrapper import Wrapper
@@ -165,6 +174,14 @@ def test_losing_the_race_and_ones_leftovers_to_a_collection_is_no_failure() -> N
     backend.plan.append(Fault("put_if_absent", backend.calls["put_if_absent"] + 1, before=another_commits))
     second = write(store)
     assert [c.id for c in store if c.name == "latest"] == [first, second]
+
+
+def test_acquiring_needs_a_create_if_absent() -> None:
+    backend = new_memory()
+    backend.capabilities = replace(backend.capabilities, atomic_create=False)
+    with pytest.raises(NoAtomicCreate, match="single_writer=1"):
+        store_on(backend).acquire()
+    assert not list(backend.list(""))
 
 
 def test_one_hiccup_of_the_disk_does_not_stop_a_job() -> None:
