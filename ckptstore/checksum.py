@@ -14,11 +14,11 @@ __all__ = ["ALGORITHM", "combine", "crc32", "crc64nvme", "sha256"]
 ALGORITHM = "crc64nvme"
 
 
-def crc64nvme(data: bytes | bytearray | memoryview) -> int:
-    """Return the CRC-64/NVME of `data` as an unsigned 64-bit number."""
+def crc64nvme(data: bytes | bytearray | memoryview, before: int = 0) -> int:
+    """Return the CRC-64/NVME, an unsigned 64-bit number, of `data` behind bytes whose CRC is `before`."""
     from awscrt import checksums
 
-    return int(checksums.crc64nvme(data))
+    return int(checksums.crc64nvme(data, before))
 
 
 def combine(chunks: Iterable[tuple[int, int]]) -> int:
@@ -38,6 +38,9 @@ def crc32(data: bytes | bytearray | memoryview, before: int = 0) -> int:
     return int(zlib_ng.crc32(data, before))
 
 
-def sha256(data: bytes | bytearray | memoryview) -> str:
-    """Return the SHA-256 of `data` in lower-case hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
+def sha256(*data: bytes | bytearray | memoryview) -> str:
+    """Return the SHA-256 of `data`, one behind the other, in lower-case hexadecimal."""
+    whole = hashlib.sha256()
+    for piece in data:
+        whole.update(piece)
+    return whole.hexdigest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 
@@ -31,18 +31,30 @@ class TransactionFile:
         self._files = files
         self._before_write = before_write
         self._sink = sink
+        self._broken = False
         self.closed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data`; returns its length in bytes."""
+        view = memoryview(data)
+        with self._writing():
+            return self._sink.write(view)
+
+    def write_summed(self, data: memoryview, before: int, owner: object = None) -> int:
+        """See `FileSink.write_summed`."""
+        with self._writing():
+            return self._sink.write_summed(data, before, owner)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         if self.closed:
             raise ValueError("write to a closed file")
-        view = memoryview(data)
         try:
             if self._before_write is not None:
                 self._before_write()
-            return self._sink.write(view)
+            yield
         except BaseException:
+            self._broken = True
             self._files.spoil(f"{self._sink.path} could not be written")
             raise
 
@@ -54,9 +66,11 @@ class TransactionFile:
         """Do nothing: files become durable, together, when the transaction commits."""
 
     def close(self) -> None:
-        """Complete the file."""
+        """Complete the file. Raises `UsageError` if it could not be written, as was said then."""
         if not self.closed:
             self.closed = True
+            if self._broken:
+                raise UsageError(f"{self._sink.path} could not be written, so nothing is published")
             self._files._complete(self._sink)
 
     def readable(self) -> bool:

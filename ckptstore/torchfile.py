@@ -5,7 +5,9 @@ What torch refuses becomes an error that says what to do; what the sink raises s
 
 from __future__ import annotations
 
+import collections
 import contextvars
+import ctypes
 import io
 import pickle
 import re
@@ -13,7 +15,8 @@ import sys
 import threading
 import types
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import IO, Any, Protocol, cast
 
@@ -36,9 +39,16 @@ _safe_by_default: set[str] = set()
 
 
 class Sink(Protocol):
-    """What `save` writes to: `write` takes all of what it is given, which is valid only until it returns, or raises."""
+    """What `save` writes to: `write` takes all of what it is given, which is valid only until it returns, or raises.
+
+    A sink may have `write_summed` as well (see `FileSink`), and then gets large tensors by it.
+    """
 
     def write(self, data: memoryview, /) -> int: ...
+
+
+class _SummingSink(Sink, Protocol):
+    def write_summed(self, data: memoryview, before: int, owner: object) -> int: ...
 
 
 def save(obj: Any, sink: Sink, locations: Mapping[int, str] | None = None) -> tuple[str, ...]:
@@ -63,8 +73,9 @@ def save(obj: Any, sink: Sink, locations: Mapping[int, str] | None = None) -> tu
 
 
 def _save(obj: Any, sink: Sink, sums: ZipSums | None, locations: Mapping[int, str]) -> tuple[str, ...]:
-    guard = _Guard(sink, sums)
-    recorder = _Recorder(guard, get_crc32_options(), locations)
+    storages: dict[str, Any] = {}
+    guard = _Guard(sink, sums, storages)
+    recorder = _Recorder(guard, storages, get_crc32_options(), locations)
     handled = sys.exc_info()[1]
     failure: BaseException | None = None
     outer = getattr(_saving, "recorder", None)  # of a save whose __reduce__ or the like has called us
@@ -133,9 +144,10 @@ class _Guard:
     a few bytes for each small file: they are gathered, for the way down costs more than they do.
     """
 
-    def __init__(self, sink: Sink, sums: ZipSums | None) -> None:
+    def __init__(self, sink: Sink, sums: ZipSums | None, storages: dict[str, Any]) -> None:
         self._sink: Sink | None = sink
         self._sums = sums
+        self._storages = storages
         self._gathered = bytearray()
         self.error: BaseException | None = None
         self.shut = False
@@ -148,10 +160,26 @@ class _Guard:
             self._gather(sums.frame(data))
         else:
             piece, content = sums.content(data)
-            self._gather(piece)
-            if content:
+            if not content:
+                self._gather(piece)
+            elif len(data) <= _GATHERED or not hasattr(self._sink, "write_summed"):
+                self._gather(piece)
                 sums.add(len(data), crc32(piece, sums.crc))
+            else:
+                self.pass_on()
+                sums.add(len(data), self._write_summed(data, sums))
         return len(data)
+
+    def _write_summed(self, data: memoryview, sums: ZipSums) -> int:
+        """Write the bytes of a storage; if it is the CPU's, by ourselves, knowing that its memory stays, so that nobody has to wait."""
+        assert sums.record is not None
+        storage = self._storages.get(sums.record.rpartition("/data/")[2])
+        if storage is not None and storage.device.type == "cpu" and storage.nbytes() == len(data):
+            data = _memory(storage.data_ptr(), len(data), _READ)
+        else:
+            storage = None
+        with self._shut_on_error():
+            return cast(_SummingSink, self._sink).write_summed(data, sums.crc, storage)
 
     def _gather(self, data: bytes | memoryview) -> None:
         if len(self._gathered) + len(data) <= _GATHERED:
@@ -168,11 +196,16 @@ class _Guard:
     def _write(self, data: memoryview) -> None:
         if self.shut or self._sink is None:
             return
-        self.shut = True  # first, so that an error that comes at any moment leaves it so
-        try:
+        with self._shut_on_error():
             taken = self._sink.write(data)
             if taken != len(data):
                 raise BackendError(f"only {taken} of {len(data)} bytes were taken")
+
+    @contextmanager
+    def _shut_on_error(self) -> Iterator[None]:
+        self.shut = True  # first, so that an error that comes at any moment leaves it so
+        try:
+            yield
         except BaseException as exc:
             self.error = exc
             raise
@@ -180,21 +213,28 @@ class _Guard:
 
     def close(self) -> None:
         self._sink = self.error = None
+        self._storages.clear()
 
     def flush(self) -> None:
         """torch asks for one at the end; durability is the sink's business."""
 
 
+_READ = 0x100  # PyBUF_READ
+_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.restype = ctypes.py_object
+_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+
+
 class _Recorder:
     """Looks at the pickle before torch writes it; what it saw is here afterwards."""
 
-    def __init__(self, guard: _Guard, crcs: bool, locations: Mapping[int, str]) -> None:
+    def __init__(self, guard: _Guard, storages: dict[str, Any], crcs: bool, locations: Mapping[int, str]) -> None:
         self.guard = guard
+        self.storages = storages
         self._crcs = crcs
         self.locations = locations
         self.error: BaseException | None = None
         self.unsafe: tuple[str, ...] = ()
-        self.storages: set[str] = set()
 
     def reset_crcs(self) -> None:
         """Let torch compute CRC-32s again, or not, as before this save."""
@@ -228,6 +268,8 @@ class _Pickler(pickle.Pickler):
             raise
 
 
+_NO_STORAGES = frozenset({bool, bytes, collections.OrderedDict, dict, float, int, list, str, tuple, torch.Size, type(None)})
+"""Most of what a pickle is made of, and is asked about one by one."""
 _PICKLE_MODULE = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
 
 
@@ -235,11 +277,12 @@ def _watched(persistent_id: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     """Note the keys of the storages that are written, and refuse those that could not be read back."""
 
     def watch(self: Any, obj: Any) -> Any:
+        if type(obj) in _NO_STORAGES:
+            return None
         pid = persistent_id(self, obj)
         if pid is not None:
-            check_storage(obj)
-            self._recorder.storages.add(pid[2])
-            location = self._recorder.locations.get(getattr(obj, "_untyped_storage", obj)._cdata)
+            self._recorder.storages[pid[2]] = untyped = check_storage(obj)
+            location = self._recorder.locations.get(untyped._cdata)
             if location is not None:
                 pid = (*pid[:3], location, *pid[4:])
         return pid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .checksum import combine, crc64nvme, sha256
+from .checksum import combine, crc32, crc64nvme, sha256
 from .manifest import CHUNK_LIMIT, FileEntry
 from .protocol import Capabilities, PartWriter
 from .workers import Job, Workers, drain
@@ -10,13 +10,14 @@ from .workers import Job, Workers, drain
 __all__ = ["FileSink"]
 
 _Sums = tuple[int, str]  # the CRC of a chunk, and its SHA-256 or nothing
+_Piece = tuple[memoryview, object]  # with what keeps its memory
 
 
 class FileSink:
     """A write-only file object that sends what it gets to a `PartWriter` in checked chunks.
 
-    Small writes are gathered into chunks of the storage's part size; a large one is cut and sent from the caller's own memory, and is
-    done with when `write` returns, because torch may free that memory then (a CUDA tensor's host copy, for one). Used by one thread.
+    Small writes are gathered into chunks of the storage's part size; a large one is cut and sent from the caller's own memory. Where parts
+    may have any size, a chunk may be several of them, each written from where it lies. Used by one thread.
     """
 
     def __init__(
@@ -27,48 +28,110 @@ class FileSink:
         self.writer = writer
         self._workers = workers
         self._storage = storage
-        self._buffer = bytearray()
-        self._offset = 0  # bytes handed on, without the buffer
+        self._any_size = not (storage.min_part or storage.max_parts)
+        self._worthwhile = storage.part_size // 128
+        """Bytes. Shorter pieces are copied together, for each write costs something."""
+        self._alone = storage.part_size // 8
+        """Bytes. What is as long begins a chunk, so that this tensor can be read, and checked, without the ones before."""
+        self._pieces: list[_Piece] = []  # of the next chunk
+        self._copied = bytearray()  # what comes behind them
+        self._gathered = 0  # bytes of the next chunk
+        self._offset = 0  # bytes handed on
+        self._parts = 0  # handed on
         self._chunks: list[tuple[int, Job[_Sums] | _Sums]] = []
         self._running: list[Job[_Sums]] = []
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Take all of `data`. Raises what the storage raised, now or for earlier data."""
-        view = memoryview(data)
-        if not view.nbytes:  # nothing, of whatever shape
-            return 0
-        view = view.cast("B")
-        if len(view) >= self._part() // 2:
-            try:
-                self._write_large(view)
-            except BaseException:
-                drain(self._running, cancel=False)  # they move the caller's memory
-                raise
-        else:
-            self._buffer += view
-            if len(self._buffer) >= self._part():
-                self._send_buffer()
-        return len(view)
 
     @property
     def size(self) -> int:
         """Bytes taken so far."""
-        return self._offset + len(self._buffer)
+        return self._offset + self._gathered
 
-    def _write_large(self, view: memoryview) -> None:
-        start = 0
-        if self._buffer:
-            start = max(0, self._least() - len(self._buffer))
-            self._buffer += view[:start]
-            if len(self._buffer) >= self._least():
-                self._send_buffer()
-        pieces = []
-        while len(view) - start >= max(1, self._least()):
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Take all of `data`. Raises what the storage raised, now or for earlier data.
+
+        Done with `data` when it returns, because torch may free that memory then (a CUDA tensor's host copy, for one).
+        """
+        view = memoryview(data)
+        self._take(view, None, None)
+        return view.nbytes
+
+    def write_summed(self, data: memoryview, before: int, owner: object = None) -> int:
+        """Do as `write`, and return the CRC-32 of `data` behind bytes whose CRC-32 is `before`, computed while other threads write.
+
+        With an `owner`, which keeps the memory of `data`, and in which nothing changes until `close` or `abort` returns, it does not wait.
+        """
+        return self._take(data, before, owner)
+
+    def _take(self, view: memoryview, crc: int | None, owner: object) -> int:
+        if not view.nbytes:  # nothing, of whatever shape
+            return crc or 0
+        view = view.cast("B")
+        if len(view) < self._least_uncopied(lasting=owner is not None):
+            self._copy(view)
+            return 0 if crc is None else crc32(view, crc)
+        try:
+            crc = self._cut(view, crc, owner)
+            if owner is None:
+                if self._pieces:
+                    self._send()
+                self._settle(self._running)
+        except BaseException:
+            self._pieces.clear()
+            drain(self._running)  # they move the caller's memory
+            raise
+        return crc
+
+    def _least_uncopied(self, *, lasting: bool) -> int:
+        if not self._any_size:
+            return self._part() // 2
+        return self._worthwhile if lasting else self._alone
+
+    def _cut(self, view: memoryview, crc: int | None, owner: object) -> int:
+        """Send `view` in pieces, from where it lies; return its CRC-32 as `write_summed`, if `crc` is not None."""
+        start = done = 0
+        if self._any_size:
+            if len(view) >= self._alone:
+                self._send()
+        elif self._copied:
+            start = max(0, self._least() - len(self._copied))
+            self._copy(view[:start])
+            if len(self._copied) >= self._least():
+                self._send()
+        while True:
+            if crc is not None:
+                crc = crc32(view[done:start], crc)
+            done = start
+            if len(view) - start < max(1, self._least()):
+                break
             piece = view[start : start + self._part()]
-            pieces.append(self._send(piece))
             start += len(piece)
-        self._buffer += view[start:]
-        self._settle(pieces)
+            self._append(piece, owner)
+        if start < len(view):
+            self._copy(view[start:])
+            return 0 if crc is None else crc32(view[start:], crc)
+        return crc or 0
+
+    def _append(self, piece: memoryview, owner: object) -> None:
+        if self._gathered + len(piece) > self._part() + self._worthwhile:
+            self._send()
+        self._seal()
+        self._pieces.append((piece, owner))
+        self._gathered += len(piece)
+        if not self._any_size:
+            self._send()
+
+    def _copy(self, view: memoryview) -> None:
+        if self._any_size and self._gathered + len(view) > self._part() + self._worthwhile:
+            self._send()  # not before: a few more bytes, of the next header, are welcome
+        self._copied += view
+        self._gathered += len(view)
+        if not self._any_size and self._gathered >= self._part():
+            self._send()
+
+    def _seal(self) -> None:
+        if self._copied:
+            copied, self._copied = self._copied, bytearray()
+            self._pieces.append((memoryview(copied), None))
 
     def _part(self) -> int:
         """Return the size of the next part. Where their number is limited they grow: 10 000 from 5 MiB on make 5 TiB."""
@@ -85,11 +148,12 @@ class FileSink:
 
     def close(self) -> FileEntry:
         """Send what is left and return the file's sizes and checksums. The file is not published yet."""
-        if not self._chunks and self._buffer:  # one small chunk: not worth a thread
-            self._chunks.append((len(self._buffer), self._store(0, memoryview(self._buffer), 0)))
-            self._offset = len(self._buffer)
+        if not self._chunks and self._gathered:  # one small chunk: not worth a thread
+            self._seal()
+            self._chunks.append((self._gathered, self._store(0, self._pieces, 0)))
+            self._offset = self._gathered
         else:
-            self._send_buffer()
+            self._send()
             self._settle(self._running)
         sums = [found if isinstance(found, tuple) else found.result() for _, found in self._chunks]
         chunks = tuple((n, crc) for (n, _), (crc, _) in zip(self._chunks, sums, strict=True))
@@ -101,23 +165,28 @@ class FileSink:
         drain(self._running)
         self.writer.abort()
 
-    def _send_buffer(self) -> None:
-        if self._buffer:
-            full, self._buffer = self._buffer, bytearray()
-            while len(self._running) > self._workers.count:
-                self._settle(self._running[:1])
-            self._send(memoryview(full))
+    def _send(self) -> None:
+        self._seal()
+        if not self._pieces:
+            return
+        while len(self._running) > self._workers.count:
+            self._settle(self._running[:1])
+        pieces, self._pieces = self._pieces, []
+        job = self._workers.begin(self._running, self._store, self._offset, pieces, self._parts)
+        self._chunks.append((self._gathered, job))
+        self._parts += len(pieces)
+        self._offset += self._gathered
+        self._gathered = 0
 
-    def _send(self, piece: memoryview) -> Job[_Sums]:
-        job = self._workers.begin(self._running, self._store, self._offset, piece, len(self._chunks))
-        self._chunks.append((len(piece), job))
-        self._offset += len(piece)
-        return job
-
-    def _store(self, offset: int, piece: memoryview, number: int) -> _Sums:
-        sums = crc64nvme(piece), sha256(piece) if self._authentic else ""
-        self.writer.write(offset, piece, number)
-        return sums
+    def _store(self, offset: int, pieces: list[_Piece], number: int) -> _Sums:
+        digest = sha256(*(view for view, _ in pieces)) if self._authentic else ""
+        crc = 0
+        for view, _ in pieces:
+            crc = crc64nvme(view, crc)
+            self.writer.write(offset, view, number)
+            offset += len(view)
+            number += 1
+        return crc, digest
 
     def _settle(self, jobs: list[Job[_Sums]]) -> None:
         try:

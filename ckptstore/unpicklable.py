@@ -17,10 +17,11 @@ _OURS = frozenset({"ckptstore", "copyreg", "pickle", "torch"})
 _MAX_DEPTH = 100
 
 
-def check_storage(storage: Any) -> None:
-    """Refuse a storage that ends in the middle of an element: torch.save writes all its bytes, torch.load wants whole elements.
+def check_storage(storage: Any) -> Any:
+    """Return the untyped storage of `storage`, unless it ends in the middle of an element.
 
-    Such a one lies under ``torch.zeros(10, dtype=torch.uint8)[:8].view(torch.float32)``. Seen in torch 2.13.
+    torch.save writes all its bytes, but torch.load wants whole elements. Such a one lies under
+    ``torch.zeros(10, dtype=torch.uint8)[:8].view(torch.float32)``. Seen in torch 2.13.
 
     Raises:
         pickle.PicklingError: says what to do.
@@ -32,6 +33,7 @@ def check_storage(storage: Any) -> None:
             f"a tensor of {item}-byte elements lies in a storage of {untyped.nbytes()} bytes, which torch.load would refuse; "
             "save a clone() of it"
         )
+    return untyped
 
 
 def refusal(exc: BaseException, obj: Any) -> str | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptstore.checksum import crc64nvme
+from ckptstore.errors import StorageFull
 from ckptstore.manifest import CHUNK_LIMIT, FileEntry
 from ckptstore.protocol import Capabilities
 from ckptstore.transfer import FileSink
@@ -74,6 +79,97 @@ def test_parts_make_up_the_file_and_only_the_last_is_short(sizes: list[int], lea
     assert all(0 < len(p) < storage.part_size + max(least, storage.part_size // 2) for p in parts)
     assert (entry.size, entry.crc) == (len(whole), crc64nvme(whole))
     assert entry.chunks == tuple((len(p), crc64nvme(p)) for p in parts)
+
+
+DISK = Capabilities(atomic_create=True, durable=True, part_size=1024, parallel=2)
+
+
+@given(
+    writes=st.lists(st.tuples(st.integers(0, 3000), st.booleans(), st.booleans()), max_size=12),
+    service=st.booleans(),
+)
+def test_sums_and_chunks_are_right_however_a_file_is_written(writes: list[tuple[int, bool, bool]], service: bool) -> None:
+    """Each write with or without a CRC-32, of memory that stays or does not."""
+    workers, writer = Workers(2), Parts()
+    storage = replace(DISK, min_part=600, max_parts=10_000) if service else DISK
+    sink = FileSink("f", writer, workers, storage)
+    whole, crc, starts = b"", 0, set()
+    for i, (size, summed, stays) in enumerate(writes):
+        data = bytearray(bytes([i + 1]) * size)
+        if size >= DISK.part_size // 8:
+            starts.add(len(whole))
+        whole += data
+        crc = sink.write_summed(memoryview(data), crc, data if stays else None) if summed else zlib.crc32(data, crc)
+        if not summed:
+            sink.write(data)
+        if not stays:
+            data[:] = bytes(size)  # whoever reads it from now on reads something else
+        assert crc == zlib.crc32(whole)
+    entry = sink.close()
+    workers.close()
+    parts = [writer.parts[n] for n in sorted(writer.parts)]
+    assert b"".join(data for _, data in parts) == whole
+    assert [offset for offset, _ in parts] == [sum(len(d) for _, d in parts[:i]) for i in range(len(parts))]
+    assert sorted(writer.parts) == list(range(len(parts)))
+    assert entry.size == len(whole) and entry.crc == crc64nvme(whole)
+    offset, cuts = 0, set()
+    for length, found in entry.chunks:
+        cuts.add(offset)
+        assert found == crc64nvme(whole[offset : offset + length])
+        offset += length
+    assert offset == len(whole)
+    if service:
+        assert all(len(data) >= 600 for _, data in parts[:-1])
+    else:
+        assert starts <= cuts | {0}, "a tensor can be read, and checked, without the ones before"
+        assert len(entry.chunks) <= len(starts) + 1 + sum(size // 1024 for size, _, _ in writes) + len(whole) // 512
+
+
+def test_memory_that_stays_is_written_while_the_next_is_prepared_and_kept_as_long() -> None:
+    """`write_summed` returns before a byte of it is written; then its owner goes."""
+    may_write, seen = threading.Event(), []
+
+    class Held(Parts):
+        def write(self, offset: int, data: memoryview, number: int) -> None:
+            may_write.wait(60)
+            seen.append(bytes(data))
+
+    class Owner:
+        def __init__(self, fill: int) -> None:
+            self.memory = bytearray([fill]) * 1000
+
+    workers = Workers(2)
+    sink = FileSink("f", Held(), workers, DISK)
+    owners = [Owner(1), Owner(2), Owner(3)]
+    kept = [weakref.ref(owner) for owner in owners]
+    for owner in owners:
+        sink.write_summed(memoryview(owner.memory), 0, owner)
+    del owner, owners
+    assert all(ref() is not None for ref in kept)
+    assert not seen
+    may_write.set()
+    sink.close()
+    assert sorted(seen) == [bytes([n]) * 1000 for n in (1, 2, 3)]
+    workers.close()
+    del sink
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
+def test_a_part_that_fails_is_told_by_a_later_write_or_by_close() -> None:
+    class Full(Parts):
+        def write(self, offset: int, data: memoryview, number: int) -> None:
+            raise StorageFull("full")
+
+    workers = Workers(2)
+    sink = FileSink("f", Full(), workers, DISK)
+    data = bytes(1000)
+    with pytest.raises(StorageFull):
+        for _ in range(10):
+            sink.write_summed(memoryview(data), 0, data)
+        sink.close()
+    sink.abort()
+    workers.close()
 
 
 def test_large_tensors_are_sent_from_where_they_are() -> None:

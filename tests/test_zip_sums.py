@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,34 @@ def test_any_zip_reader_is_content_with_what_a_store_keeps(tmp_path: Path) -> No
         assert "Done testing" in done.stdout
         assert "not OK" not in done.stdout and "bad" not in done.stdout.lower()
         torch.load(path, weights_only=True)
+
+
+class Passing:
+    """Is pickled as a tensor that nobody else knows."""
+
+    def __init__(self, fill: float) -> None:
+        self.fill = fill
+
+    def __reduce__(self) -> Any:
+        return torch.clone, (torch.full((300_000,), self.fill),)
+
+
+@pytest.mark.parametrize("key", [None, b"k" * 32], ids=["CRC", "SHA-256"])
+def test_what_a_store_keeps_is_the_very_file_as_well(tmp_path: Path, key: bytes | None) -> None:
+    """Tensors of all sizes, written by several threads from where they lie, while others are being looked at."""
+    state = {
+        "sizes": [torch.rand(n) for n in (1, 100, 5_000, 20_000, 300_000, 2_097_152, 2_097_153, 5_000_000, 3)],
+        "views": torch.rand(3_000_000)[5:700_000:3],
+        "passing": [Passing(i) for i in range(5)],
+        "many": [torch.full((40_000,), i) for i in range(60)],
+        "noncontiguous": torch.rand(1000, 700).t(),
+        "bfloat16": torch.rand(700_000).to(torch.bfloat16),
+    }
+    with Store(tmp_path / "store", hmac_key=key) as store, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.clone is only for weights_only=False
+        found = store.save(state)
+        assert store.verify() == []
+    assert (tmp_path / "store" / "data" / found.id / "state.pt").read_bytes() == by_torch(state)
 
 
 class Inner:
