@@ -48,8 +48,7 @@ def seal(
     return _frame(data, key.sign(data) if key else None)
 
 
-def _dumps(value: JSON) -> str:
-    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+_dumps = json.JSONEncoder(separators=(",", ":"), sort_keys=True, allow_nan=False).encode  # json.dumps would make one each time
 
 
 def _frame(body: bytes, mac: bytes | None) -> bytes:
