@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import evidence
 import pytest
 import rivals
-from every_call import Call, Possible, attached, calls_of, grow, keep_house, save_twice
+from every_call import Call, Possible, Strace, attached, calls_of, grow, keep_house, save_twice
 from procs import Child, Nursery, nursery
 from test_every_call import warm_up  # noqa: F401  # for the nursery
 from test_kill import save_parts
@@ -136,6 +136,14 @@ def test_stopped_after_every_call_and_continued_later(ram: Path, warm: Nursery, 
     assert fired > 0.9 * points
 
 
+def continued(child: Child, strace: Strace) -> None:
+    """Send SIGCONT whenever a process stops, until its end."""
+    for line in strace.lines():
+        if "stopped" in line:
+            with suppress(OSError):  # it has ended, and been let go
+                child.proceed()
+
+
 def overtaken(child: Child, url: str, call: Call) -> tuple[bool, list[str]]:
     """Have a newer job live while a process is stopped after a call; return whether it was, and what is wrong then."""
     with attached(child, call.name, f"{call.name}:signal=STOP:when={call.nth}") as strace:
@@ -150,7 +158,7 @@ def overtaken(child: Child, url: str, call: Call) -> tuple[bool, list[str]]:
             newer.gc()
             child.proceed()
             # Each thread stops at the call with this number of its own.
-            going_on = threading.Thread(target=lambda: [child.proceed() for line in strace.lines() if "stopped" in line])
+            going_on = threading.Thread(target=continued, args=(child, strace))
             going_on.start()
             said = child.rest()
             going_on.join()
