@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
-from ckptstore.errors import Ambiguous, InvalidOption, StoreWarning
+from ckptstore.errors import Ambiguous, BackendError, InvalidOption, StoreWarning
 from ckptstore.folder import FolderBackend, FolderWriter, absolute
 from ckptstore.mounts import file_system, is_shared
-from ckptstore.posix import NewFile, mapped_errors, start_writeback, write_all
+from ckptstore.posix import NewFile, mapped_errors, read_full, start_writeback, write_all
 from ckptstore.protocol import Capabilities, PartWriter
 
 __all__ = ["LocalBackend"]
@@ -27,6 +28,7 @@ class LocalBackend(FolderBackend):
         super().__init__(root)
         # Names that were given, in which folder, and not flushed yet: one flush of a folder is enough for all that it has by then.
         self._unflushed: dict[NewFile, tuple[str, int, int]] = {}
+        self._kind: str | None = None  # of file system, once it was looked at
 
     @classmethod
     def open(cls, location: str, options: Mapping[str, str]) -> LocalBackend:
@@ -70,8 +72,35 @@ class LocalBackend(FolderBackend):
         with mapped_errors("create", self._path(key)):
             return _LocalWriter(self, key)
 
+    @contextmanager
+    def reader(self, key: str) -> Iterator[Callable[[int, memoryview], None]]:
+        """See `LocalFiles.reader`."""
+        path = self._path(key)
+        with mapped_errors("read", path, absent=True):
+            fd, _ = self._open_file(key)
+
+        def read_into(offset: int, buffer: memoryview) -> None:
+            with mapped_errors("read", path):
+                got = read_full(fd, offset, buffer)
+            if got < buffer.nbytes:
+                raise BackendError(errno.EIO, f"ends at byte {offset + got}, expected {offset + buffer.nbytes}", path)
+
+        try:
+            yield read_into
+        finally:
+            os.close(fd)
+
+    def open_file(self, key: str) -> int | None:
+        """See `LocalFiles.open_file`. What other hosts can change is not mapped: its pages may change, or go, under the reader."""
+        with mapped_errors("read", self._path(key), absent=True):
+            fd, _ = self._open_file(key)
+        if is_shared(self._kind):
+            os.close(fd)
+            return None
+        return fd
+
     def _first_look(self) -> None:
-        kind = file_system(self.root)
+        kind = self._kind = file_system(self.root)
         if is_shared(kind):
             why = "several hosts may write there, and it can fail in ways that a local disk does not"
             warnings.warn(f"{self.root} is on {kind}: {why}; name it shared://{self.root}", StoreWarning, stacklevel=8)

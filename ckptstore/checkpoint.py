@@ -18,7 +18,7 @@ from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
 from .ranges import read_ranges
-from .reading import VerifiedFile, check_size, damaged_ranges, read_file
+from .reading import StoredFile, VerifiedFile, check_size, damaged_ranges
 from .record import Entry
 
 __all__ = ["LOADERS", "RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
@@ -141,13 +141,14 @@ class Checkpoint:
             NotFound: there is no such file in it, or the checkpoint has been pruned.
             WrongKind: there is not, for it was written by another library.
         """
-        from . import torchfile
+        from . import loading
 
         entry = self._file(file)
         with self._damaged_or_pruned():
-            data = read_file(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
+            stored = StoredFile(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
+            result = loading.load(stored, map_location=map_location, weights_only=weights_only, name=f"{self.id}/{file}")
         self.read_whole.add(file)
-        return torchfile.load(data, map_location=map_location, weights_only=weights_only, name=f"{self.id}/{file}")
+        return result
 
     def open(self, file: str) -> BinaryIO:
         """Open one file for reading (seekable, buffered). Bytes that fail their checksum raise `DamagedFile` instead of coming out."""

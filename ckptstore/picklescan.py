@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from .errors import UnsafeContent
 
-__all__ = ["global_names", "scan"]
+__all__ = ["global_names", "plain_names", "scan"]
 
 _SLACK = 1 << 20
 """Bytes a pickle may always allocate."""
@@ -119,6 +119,14 @@ _PLAIN = [0] * 256
 """`_FIXED` for the opcodes that ``torch/_weights_only_unpickler.py`` reads (as of 2.13); the others send the caller to torch."""
 for _code in b"\x80\x81\x85\x86\x87\x88\x89\x8f()GJKMNQR]abehjqrstu}":
     _PLAIN[_code] = _FIXED[_code]
+
+
+def plain_names(data: bytes) -> frozenset[str] | None:
+    """Do as `global_names` for a pickle from anywhere: None also if it is broken."""
+    try:
+        return global_names(data)
+    except (IndexError, ValueError):
+        return None
 
 
 def scan(data: bytes, records: Mapping[str, int], budget: int) -> None:

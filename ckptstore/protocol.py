@@ -12,10 +12,11 @@ so: it raises `Transient`, and what may be repeated is repeated above it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-__all__ = ["Backend", "Capabilities", "ObjectInfo", "PartWriter"]
+__all__ = ["Backend", "Capabilities", "LocalFiles", "ObjectInfo", "PartWriter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +172,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release connections and descriptors. Idempotent."""
+
+
+@runtime_checkable
+class LocalFiles(Protocol):
+    """What a backend has besides, if its objects are files of this machine: small reads cost little, and they may be mapped into memory."""
+
+    def reader(self, key: str) -> AbstractContextManager[Callable[[int, memoryview], None]]:
+        """Lend what does as `Backend.read_into` for one object, without opening it each time. Raises the same."""
+
+    def open_file(self, key: str) -> int | None:
+        """Return a descriptor of the object, open for reading, which the caller closes; None if files here should not be mapped.
+
+        Raises:
+            NotFound, Unreadable, BackendError: as `Backend.read_into`.
+        """

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from .checksum import crc64nvme, sha256
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import FileEntry
-from .protocol import Backend, ObjectInfo
+from .protocol import Backend, LocalFiles, ObjectInfo
 from .workers import Workers
 
-__all__ = ["VerifiedFile", "check_size", "damaged_ranges", "read_file"]
+__all__ = ["Piece", "StoredFile", "VerifiedFile", "check_size", "damaged_ranges", "read_chunk"]
+
+Piece = tuple[int, memoryview]
+"""The first byte of a part of a file, and the memory that it is to be read into."""
+
+_BLOCK = 1 << 20
+"""Bytes that are read at a time where that costs no request: what was read is then still in the processor's cache."""
+Span = tuple[int, int, int, int]  # first byte, byte after the last, number of the first chunk, number after the last
+_ReadInto = Callable[[int, memoryview], None]
 
 
 def check_size(backend: Backend, key: str, entry: FileEntry) -> ObjectInfo:
@@ -35,12 +46,226 @@ def check_size(backend: Backend, key: str, entry: FileEntry) -> ObjectInfo:
     return found
 
 
-def _spans(entry: FileEntry) -> Iterator[tuple[int, int, int]]:
-    """Yield where each chunk begins, its length, and its number."""
-    offset = 0
-    for number, (length, _) in enumerate(entry.chunks):
-        yield offset, length, number
-        offset += length
+class StoredFile:
+    """One stored file. What comes out of it was checked, chunk by chunk; neighbouring chunks are read together.
+
+    Args:
+        key: where the file is.
+
+    Raises:
+        DamagedFile: it is missing, or of another size.
+    """
+
+    def __init__(self, backend: Backend, key: str, entry: FileEntry, workers: Workers) -> None:
+        check_size(backend, key, entry)
+        self.backend = backend
+        self.key = key
+        self.entry = entry
+        self._workers = workers
+        self._chunks = Chunks(entry, key)
+        self._kept: dict[int, memoryview] = {}  # number of a chunk -> its bytes
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Return some bytes, which lie inside the file. All chunks that they are in are kept; of a small file, all there are.
+
+        Raises:
+            DamagedFile
+        """
+        if not length:
+            return memoryview(b"")
+        numbers = self._chunks.of(offset, offset + length)
+        small = self.entry.size <= self.backend.capabilities.part_size
+        missing = [n for n in (range(len(self.entry.chunks)) if small else numbers) if n not in self._kept]
+        for n in missing:
+            self._kept[n] = memoryview(bytearray(self.entry.chunks[n][0]))
+        try:
+            self._pass([(self._chunks.starts[n], self._kept[n]) for n in missing], missing)
+        except BaseException:
+            for n in missing:
+                del self._kept[n]
+            raise
+        at = offset - self._chunks.starts[numbers[0]]
+        if len(numbers) == 1:
+            return self._kept[numbers[0]][at : at + length]
+        return memoryview(b"".join(self._kept[n] for n in numbers))[at : at + length]
+
+    def fill(self, pieces: Iterable[Piece], *, all_chunks: bool = True) -> None:
+        """Read into all `pieces`, which lie inside the file and do not overlap. What is in them is only good if this returns.
+
+        Args:
+            all_chunks: check the whole file, not only the chunks that the pieces are in.
+
+        Raises:
+            DamagedFile
+        """
+        targets = sorted((p for p in pieces if len(p[1])), key=lambda piece: piece[0])
+        numbers: Iterable[int] = range(len(self.entry.chunks))
+        if not all_chunks:
+            numbers = sorted({n for offset, view in targets for n in self._chunks.of(offset, offset + len(view))})
+        offsets = [offset for offset, _ in targets]
+        missing = []
+        for n in numbers:
+            if n in self._kept:
+                start = self._chunks.starts[n]
+                scatter(start, self._kept[n], targets[overlapping(offsets, start, start + self.entry.chunks[n][0])])
+            else:
+                missing.append(n)
+        self._pass(targets, missing)
+
+    def _pass(self, targets: list[Piece], numbers: Iterable[int]) -> None:
+        with opened(self.backend, self.key) as (read_into, block):
+            spans = self._chunks.spans(numbers, block)
+            for damage in self._workers.map(_Pass(self._chunks, read_into, block, targets), spans):
+                if damage:
+                    raise damage[0]
+
+    def whole(self) -> memoryview:
+        """Return all of it in memory.
+
+        Raises:
+            DamagedFile
+        """
+        if not self.entry.size:
+            return memoryview(bytearray())
+        # Anonymous memory: page-aligned, and given back to the system as soon as the view is gone.
+        view = memoryview(mmap.mmap(-1, self.entry.size))
+        self.fill([(0, view)])
+        return view
+
+
+class Chunks:
+    """Where the chunks of a file are."""
+
+    def __init__(self, entry: FileEntry, key: str) -> None:
+        self.entry = entry
+        self.key = key
+        self.starts: list[int] = []
+        offset = 0
+        for length, _ in entry.chunks:
+            self.starts.append(offset)
+            offset += length
+
+    def of(self, start: int, stop: int) -> range:
+        """Return the numbers of the chunks that some bytes, at least one, are in."""
+        return range(bisect_right(self.starts, start) - 1, bisect_right(self.starts, stop - 1))
+
+    def spans(self, numbers: Iterable[int], limit: int) -> Iterator[Span]:
+        """Yield the chunks of these ascending numbers, neighbours together up to `limit` bytes."""
+        span: Span | None = None
+        for n in numbers:
+            start, stop = self.starts[n], self.starts[n] + self.entry.chunks[n][0]
+            if span is not None and span[3] == n and stop - span[0] <= limit:
+                span = (span[0], stop, span[2], n + 1)
+                continue
+            if span is not None:
+                yield span
+            span = (start, stop, n, n + 1)
+        if span is not None:
+            yield span
+
+    def compare(self, number: int, crc: int, digest: str) -> list[DamagedFile]:
+        """Return what is wrong with a chunk of these checksums, if anything is."""
+        if crc == self.entry.chunks[number][1] and (not self.entry.digests or digest == self.entry.digests[number]):
+            return []
+        low, high = self.starts[number], self.starts[number] + self.entry.chunks[number][0]
+        return [DamagedFile(f"{self.key} fails its checksum in bytes {low}–{high - 1}", self.entry.path, [(low, high)])]
+
+
+@contextmanager
+def opened(backend: Backend, key: str) -> Iterator[tuple[_ReadInto, int]]:
+    """Lend what reads the object, and how much is read at a time."""
+    if not isinstance(backend, LocalFiles):
+        yield partial(backend.read_into, key), backend.capabilities.part_size
+        return
+    with ExitStack() as stack:
+        read_into: _ReadInto = partial(backend.read_into, key)
+        with suppress(NotFound, Unreadable):  # each read will say so
+            read_into = stack.enter_context(backend.reader(key))
+        yield read_into, _BLOCK
+
+
+class _Pass:
+    """Reads spans of chunks, in any thread: checks them, and puts what belongs into the targets there."""
+
+    def __init__(self, chunks: Chunks, read_into: _ReadInto, block: int, targets: list[Piece] | None = None) -> None:
+        self._chunks = chunks
+        self._read_into = read_into
+        self._block = block
+        self._targets = targets or []
+        self._offsets = [offset for offset, _ in self._targets]
+        # Memory for what is only looked at, or copied: used again and again, for new memory costs as much as reading does.
+        self._spare: list[memoryview] = []
+
+    def __call__(self, span: Span) -> list[DamagedFile]:
+        """Return what is wrong with each chunk that is not what was committed."""
+        start, stop, first, after = span
+        entry, key = self._chunks.entry, self._chunks.key
+        try:
+            return self._several(span) if after - first > 1 else self._one(start, stop, first)
+        except NotFound:
+            return [DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)])]
+        except Unreadable as exc:
+            if after - first > 1:  # which of them?
+                return [bad for one in self._chunks.spans(range(first, after), 0) for bad in self(one)]
+            damage = DamagedFile(f"{key} cannot be read in bytes {start}–{stop - 1}: {exc}", entry.path, [(start, stop)])
+            damage.__cause__ = exc
+            return [damage]
+
+    def _several(self, span: Span) -> list[DamagedFile]:
+        start, stop, first, after = span
+        bad = []
+        with self._read(start, stop) as view:
+            for n in range(first, after):
+                at = self._chunks.starts[n] - start
+                chunk = view[at : at + self._chunks.entry.chunks[n][0]]
+                bad += self._chunks.compare(n, crc64nvme(chunk), sha256(chunk) if self._chunks.entry.digests else "")
+        return bad
+
+    def _one(self, start: int, stop: int, number: int) -> list[DamagedFile]:
+        """Do it for one chunk, which may be large: block by block."""
+        crc, digest = 0, hashlib.sha256() if self._chunks.entry.digests else None
+        for low in range(start, stop, self._block):
+            with self._read(low, min(low + self._block, stop)) as view:
+                crc = crc64nvme(view, crc)
+                if digest:
+                    digest.update(view)
+        return self._chunks.compare(number, crc, digest.hexdigest() if digest else "")
+
+    @contextmanager
+    def _read(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Lend some bytes of the file, which are in the targets afterwards."""
+        here = self._targets[overlapping(self._offsets, start, stop)]
+        here = [(offset, view) for offset, view in here if offset + len(view) > start]
+        if len(here) == 1 and here[0][0] <= start and stop <= here[0][0] + len(here[0][1]):
+            direct = here[0][1][start - here[0][0] : stop - here[0][0]]
+            self._read_into(start, direct)
+            yield direct
+            return
+        try:
+            buffer = self._spare.pop()
+        except IndexError:
+            buffer = memoryview(b"")
+        if len(buffer) < stop - start:
+            buffer = memoryview(mmap.mmap(-1, stop - start))
+        view = buffer[: stop - start]
+        self._read_into(start, view)
+        yield view
+        scatter(start, view, here)
+        self._spare.append(buffer)
+
+
+def overlapping(offsets: list[int], start: int, stop: int) -> slice:
+    """Return which of the pieces at these ascending offsets may have bytes from `start` to `stop`."""
+    return slice(max(0, bisect_right(offsets, start) - 1), bisect_right(offsets, stop - 1))
+
+
+def scatter(start: int, data: memoryview, targets: Iterable[Piece]) -> None:
+    """Copy what of `data`, which begins at byte `start`, belongs into each of `targets`."""
+    stop = start + len(data)
+    for offset, view in targets:
+        low, high = max(start, offset), min(stop, offset + len(view))
+        if low < high:
+            view[low - offset : high - offset] = data[low - start : high - start]
 
 
 def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, number: int, into: memoryview) -> None:
@@ -49,39 +274,9 @@ def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, number
     Raises:
         DamagedFile: it fails its checksum, the disk has lost it, or the file went missing.
     """
-    span = (offset, offset + len(into))
-    try:
-        backend.read_into(key, offset, into)
-    except NotFound:
-        raise DamagedFile(f"{key} is missing", entry.path, [(0, entry.size)]) from None
-    except Unreadable as exc:
-        raise DamagedFile(f"{key} cannot be read in bytes {span[0]}–{span[1] - 1}: {exc}", entry.path, [span]) from exc
-    if crc64nvme(into) != entry.chunks[number][1] or (entry.digests and sha256(into) != entry.digests[number]):
-        raise DamagedFile(f"{key} fails its checksum in bytes {span[0]}–{span[1] - 1}", entry.path, [span])
-
-
-def read_file(backend: Backend, key: str, entry: FileEntry, workers: Workers) -> memoryview:
-    """Return the whole file in memory, every byte checked.
-
-    Raises:
-        DamagedFile
-    """
-    check_size(backend, key, entry)
-    if not entry.size:
-        return memoryview(bytearray())
-    # Anonymous memory: page-aligned, and given back to the system as soon as the view is gone.
-    whole = memoryview(mmap.mmap(-1, entry.size))
-
-    def fetch(span: tuple[int, int, int]) -> None:
-        offset, length, number = span
-        read_chunk(backend, key, entry, offset, number, whole[offset : offset + length])
-
-    if len(entry.chunks) == 1:
-        fetch((0, entry.size, 0))
-    else:
-        for _ in workers.map(fetch, _spans(entry)):
-            pass
-    return whole
+    one = _Pass(Chunks(entry, key), partial(backend.read_into, key), len(into), [(offset, into)])
+    if damage := one((offset, offset + len(into), number, number + 1)):
+        raise damage[0]
 
 
 def damaged_ranges(
@@ -95,22 +290,20 @@ def damaged_ranges(
         size = backend.stat(key).size
     except (NotFound, Unreadable):
         return [(0, entry.size)]
-
-    def examine(span: tuple[int, int, int]) -> list[tuple[int, int]]:
-        offset, length, number = span
-        if offset + length > size:
-            return [(offset, offset + length)]
-        try:
-            read_chunk(backend, key, entry, offset, number, memoryview(bytearray(length)))
-        except DamagedFile:
-            return [(offset, offset + length)]
-        return []
-
+    chunks = Chunks(entry, key)
+    there = [n for n, start in enumerate(chunks.starts) if start + entry.chunks[n][0] <= size]
     bad: list[tuple[int, int]] = []
-    for span, found in zip(_spans(entry), workers.map(examine, _spans(entry)), strict=True):
-        bad += found
+    with opened(backend, key) as (read_into, block):
+        spans = list(chunks.spans(there, block))
+        for span, found in zip(spans, workers.map(_Pass(chunks, read_into, block), spans), strict=True):
+            bad += [one for damage in found for one in damage.ranges]
+            if progress is not None:
+                progress(span[1] - span[0])
+    if len(there) < len(chunks.starts):
+        cut = chunks.starts[len(there)]
+        bad.append((cut, entry.size))
         if progress is not None:
-            progress(span[1])
+            progress(entry.size - cut)
     if size > entry.size:
         bad.append((entry.size, size))
     return _merged(bad)
@@ -119,21 +312,21 @@ def damaged_ranges(
 def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     merged: list[tuple[int, int]] = []
     for start, stop in ranges:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
+        if merged and merged[-1][1] >= start:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
         else:
             merged.append((start, stop))
     return merged
 
 
 class VerifiedFile(io.RawIOBase):
-    """A read-only, seekable file object over one stored file. Only checked bytes come out; holds one chunk in memory."""
+    """A read-only, seekable file object over one stored file. Only checked bytes come out; holds one span of chunks in memory."""
 
     def __init__(self, backend: Backend, key: str, entry: FileEntry, check_kept: Callable[[], object] = lambda: None) -> None:
         check_size(backend, key, entry)
         self._source = (backend, key, entry)
         self._check_kept = check_kept
-        self._starts = [offset for offset, _, _ in _spans(entry)]
+        self._chunks = Chunks(entry, key)
         self._position = 0
         self._chunk = (0, memoryview(b""))  # (offset, its bytes)
 
@@ -151,21 +344,25 @@ class VerifiedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill `buffer` as far as one chunk reaches. Raises `DamagedFile` instead of returning bytes that fail their checksum."""
+        """Fill `buffer` as far as one span reaches. Raises `DamagedFile` instead of returning bytes that fail their checksum."""
         backend, key, entry = self._source
         view = memoryview(buffer).cast("B")
         if self._position >= entry.size or not view:
             return 0
         start, chunk = self._chunk
         if not start <= self._position < start + len(chunk):
-            index = bisect_right(self._starts, self._position) - 1
-            start, (length, _) = self._starts[index], entry.chunks[index]
-            chunk = memoryview(bytearray(length))
-            try:
-                read_chunk(backend, key, entry, start, index, chunk)
-            except DamagedFile:
-                self._check_kept()  # pruned meanwhile is no damage
-                raise
+            number = self._chunks.of(self._position, self._position + 1)[0]
+            ahead = range(number, len(entry.chunks))
+            span = next(self._chunks.spans(ahead, backend.capabilities.part_size))
+            start, chunk = span[0], memoryview(bytearray(span[1] - span[0]))
+            bad = _Pass(self._chunks, partial(backend.read_into, key), len(chunk), [(start, chunk)])(span)
+            for damage in bad:
+                low, high = damage.ranges[0]
+                if low <= self._position < high:
+                    self._check_kept()  # pruned meanwhile is no damage
+                    raise damage
+            if bad:
+                chunk = chunk[: bad[0].ranges[0][0] - start]  # what is whole comes out first
             self._chunk = (start, chunk)
         piece = chunk[self._position - start :][: len(view)]
         view[: len(piece)] = piece

@@ -30,7 +30,7 @@ from .picklescan import global_names
 from .unpicklable import check_storage, refusal
 from .zipsums import ZipSums
 
-__all__ = ["Sink", "load", "refused", "save"]
+__all__ = ["Sink", "load", "load_open", "refused", "save"]
 
 _GATHERED = 1 << 14
 """Bytes."""
@@ -375,17 +375,23 @@ def load(
     """
     with memoryview(buffer) as view, view.cast("B") as data:
         archive.check(data, name)
-        with cast(IO[bytes], _Reader(data)) as file:
-            try:
-                return torch.load(file, map_location=map_location, weights_only=weights_only)
-            except pickle.UnpicklingError as exc:
-                if not weights_only:
-                    raise
-                raise UnsafeContent(f"refused to load {name}: {_reason(file, exc)}") from exc
-            except _MALFORMED as exc:
-                if not weights_only:
-                    raise  # perhaps from code in the pickle, which the caller trusts
-                raise UnsafeContent(f"cannot load {name}: torch cannot make sense of its pickle ({exc})") from exc
+        with _Reader(data) as file:
+            return load_open(file, map_location, weights_only, name)
+
+
+def load_open(file: io.RawIOBase | str, map_location: Any, weights_only: bool, name: str, *, mmap: bool = False) -> Any:
+    """Do as `load` for an open file, or the path of one to be mapped, that was looked at already."""
+    source = cast(IO[bytes], file)
+    try:
+        return torch.load(source, map_location=map_location, weights_only=weights_only, mmap=mmap)
+    except pickle.UnpicklingError as exc:
+        if not weights_only:
+            raise
+        raise UnsafeContent(f"refused to load {name}: {_reason(source, exc)}") from exc
+    except _MALFORMED as exc:
+        if not weights_only:
+            raise  # perhaps from code in the pickle, which the caller trusts
+        raise UnsafeContent(f"cannot load {name}: torch cannot make sense of its pickle ({exc})") from exc
 
 
 _MALFORMED = (TypeError, ValueError, LookupError, AttributeError, AssertionError, EOFError, OverflowError)
@@ -394,7 +400,8 @@ _MALFORMED = (TypeError, ValueError, LookupError, AttributeError, AssertionError
 
 def _reason(file: IO[bytes], exc: pickle.UnpicklingError) -> str:
     advice = "if you trust who wrote it, pass weights_only=False"
-    file.seek(0)
+    if not isinstance(file, str):
+        file.seek(0)
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except (pickle.UnpicklingError, *_MALFORMED):

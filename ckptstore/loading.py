@@ -1,0 +1,226 @@
+"""A ``.pt`` file of a store, as objects: each byte of a tensor is read once, to where it stays, and checked there.
+
+torch reads the pickle and the directory from a file that has nothing else, so that it makes the tensors, and leaves them empty. Then they
+are filled in parallel, and the whole file is checked on the way. That is done only where nobody can have looked into an empty tensor
+meanwhile: the file is laid out as `torch.save` does, and holds nothing but plain tensors and containers. Other files are read
+whole, and checked, before torch sees them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import sys
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from . import archive, torchfile
+from .archive import Outline, Record
+from .picklescan import plain_names
+from .reading import Piece, StoredFile
+
+__all__ = ["load"]
+
+_PLAIN = frozenset(
+    {"collections.OrderedDict", "collections.Counter", "builtins.set", "torch.Size", "torch.device"}
+    | {f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter")}
+    | {"torch.storage.UntypedStorage"}
+    | {f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
+    | {"torch.ComplexDoubleStorage", "torch.ComplexFloatStorage"}
+    | {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+)
+"""Names that make plain tensors and containers, none of which looks into a tensor."""
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+_OTHERS = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, Counter)
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14  # <asm-generic/mman-common.h>
+
+
+class _NotPlain(Exception):
+    """The file has to be read whole before torch sees it."""
+
+
+def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) -> Any:
+    """Return what `torch.load` makes of a stored file, every byte checked.
+
+    Takes little more memory than the result, if the file is plain and stays on the CPU; else that of the file besides.
+
+    Args:
+        map_location, weights_only: as for `torch.load`.
+        name: what to call the file in a message.
+
+    Raises:
+        DamagedFile
+        UnsafeContent, RuntimeError: see `torchfile.load`.
+    """
+    try:
+        if _is_cpu(map_location) and (outline := archive.outline(file.read, file.entry.size, name)) is not None:
+            hollow = _Hollow(file, outline)
+            result = hollow.load(map_location, weights_only, name)
+            hollow.fill(result)
+            return result
+    except _NotPlain:
+        pass
+    return torchfile.load(file.whole(), map_location=map_location, weights_only=weights_only, name=name)
+
+
+def _is_cpu(map_location: Any) -> bool:
+    return map_location is None or (isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu")
+
+
+class _Hollow:
+    """A file without the bytes of its tensors, and the tensors that torch made of it."""
+
+    def __init__(self, file: StoredFile, outline: Outline) -> None:
+        self._file = file
+        self._outline = outline
+        order = outline.records.get("byteorder")
+        names = plain_names(outline.pickle)
+        if names is None or not names <= _PLAIN or order is None:
+            raise _NotPlain
+        if bytes(file.read(order.start, order.size)) != sys.byteorder.encode():
+            raise _NotPlain
+        self._empty: dict[int, tuple[Record, memoryview]] = {}  # by address
+
+    def load(self, map_location: Any, weights_only: bool, name: str) -> Any:
+        """Return the object with empty tensors."""
+        with _HollowFile(self._file, self._outline) as reader:
+            try:
+                result = torchfile.load_open(reader, map_location, weights_only, name)
+            except Exception:
+                if reader.error is not None:  # torch may have hidden it behind one of its own
+                    raise reader.error from None
+                raise
+            self._empty = {_address(view): (record, view) for record, view in reader.asked}
+        return result
+
+    def fill(self, result: Any) -> None:
+        """Read the tensors of `result`, and check the whole file."""
+        self._read(_tensors(result), all_chunks=True)
+
+    def read(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Read some of the tensors, and check what is read."""
+        self._read(tensors, all_chunks=False)
+
+    def _read(self, tensors: Iterable[torch.Tensor], *, all_chunks: bool) -> None:
+        # Only memory that a tensor at hand owns is written to, and no such tensor may have its bytes from anywhere else.
+        pieces: dict[int, Piece] = {}
+        used: list[Record] = [] if not all_chunks else list(self._outline.records.values())
+        for tensor in tensors:
+            address = tensor.untyped_storage().data_ptr()
+            if not address or address in pieces:
+                continue
+            record, view = self._empty.get(address, (None, memoryview(b"")))
+            if record is None or len(view) != tensor.untyped_storage().nbytes():
+                raise _NotPlain
+            pieces[address] = (record.start, view)
+            if not all_chunks:
+                used.append(record)
+        heads = [memoryview(bytearray(record.header_size)) for record in used]
+        for _, view in pieces.values():
+            _prefer_huge_pages(view)
+        self._file.fill(
+            [*pieces.values(), *((r.header, head) for r, head in zip(used, heads, strict=True))], all_chunks=all_chunks
+        )
+        if not all(record.fits(head) for record, head in zip(used, heads, strict=True)):
+            raise _NotPlain
+
+
+class _HollowFile(io.RawIOBase):
+    """The archive as torch's reader asks for it: what is no tensor is read, headers are made up, and the tensors left as they are."""
+
+    def __init__(self, file: StoredFile, outline: Outline) -> None:
+        self._file = file
+        self._outline = outline
+        self._position = 0
+        self._records = sorted(outline.records.items(), key=lambda item: item[1].header)
+        self._headers = [record.header for _, record in self._records]
+        self.asked: list[tuple[Record, memoryview]] = []
+        """Each tensor's storage, and the memory that torch wants it in."""
+        self.error: BaseException | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.entry.size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, out: Any, /) -> int:
+        with memoryview(out) as given:
+            view = given.cast("B")[: max(0, self._file.entry.size - self._position)]
+        try:
+            self._read(view)
+        except BaseException as exc:
+            self.error = exc
+            raise
+        self._position += len(view)
+        return len(view)
+
+    def _read(self, view: memoryview) -> None:
+        start, stop = self._position, self._position + len(view)
+        if (
+            stop > self._outline.directory or not view
+        ):  # where torch looks for the directory's end, there is no need for what precedes it
+            before = min(len(view), max(0, self._outline.directory - start))
+            view[:before] = bytes(before)
+            view[before:] = self._file.read(start + before, len(view) - before)
+            return
+        index = bisect_right(self._headers, start) - 1
+        key, record = self._records[index] if index >= 0 else ("", None)
+        if record is None:
+            raise _NotPlain
+        if stop <= record.start:
+            view[:] = record.made_header()[start - record.header : stop - record.header]
+        elif (start, stop) == (record.start, record.start + record.size) and key.startswith("data/"):
+            self.asked.append((record, view))
+        elif start >= record.start and stop <= record.start + record.size and not key.startswith("data/"):
+            view[:] = self._file.read(start, len(view))
+        else:
+            raise _NotPlain
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in plain containers. Raises `_NotPlain` for anything that may hide another one."""
+    queue, seen = [result], set[int]()
+    while queue:
+        node = queue.pop()
+        kind = type(node)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if node.layout != torch.strided or node.is_quantized or node.device.type != "cpu" or node.__dict__:
+                raise _NotPlain
+            yield node
+        elif kind in _CONTAINERS:
+            if id(node) not in seen:
+                seen.add(id(node))
+                queue.extend(node.values() if isinstance(node, dict) else node)
+                if isinstance(node, dict):
+                    queue.extend(key for key in node if type(key) not in (str, int))
+        elif kind not in _OTHERS:
+            raise _NotPlain
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
+
+
+def _prefer_huge_pages(view: memoryview) -> None:
+    """Have the kernel provide the memory, which nobody has touched, in large pages: making them costs as much as reading the data."""
+    start = _address(view)
+    first, end = -(-start // _HUGE_PAGE) * _HUGE_PAGE, (start + len(view)) // _HUGE_PAGE * _HUGE_PAGE
+    if end > first and _madvise is not None:
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)  # a hint: what comes of it does not matter
+
+
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
