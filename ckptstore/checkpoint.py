@@ -5,21 +5,25 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from .engine import Engine
 from .envelope import JSON
-from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFound, WrongKind
+from .errors import AlreadyExists, Damaged, DamagedFile, DamagedManifest, NotFound, UsageError, WrongKind
 from .manifest import FileEntry, Manifest
 from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
+from .protocol import LocalFiles
 from .ranges import read_ranges
 from .reading import StoredFile, VerifiedFile, check_size, damaged_ranges
 from .record import Entry
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["LOADERS", "RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
 
@@ -129,26 +133,106 @@ class Checkpoint:
         """The library in whose way it was written, such as "torch.distributed.checkpoint"; empty for `Store.save` and transactions."""
         return self.manifest.writer.get("by", "")
 
-    def load(self, file: str = STATE_FILE, *, map_location: Any = None, weights_only: bool = True) -> Any:
+    def load(
+        self,
+        file: str = STATE_FILE,
+        *,
+        map_location: Any = None,
+        weights_only: bool = True,
+        mmap: bool = False,
+        verify: Literal["full", "lazy"] = "full",
+    ) -> Any:
         """Read `file`, check every byte, and return what `torch.load` makes of it. Never falls back to another checkpoint.
 
         Args:
             map_location, weights_only: as for `torch.load`.
+            mmap: the tensors are views of the file, mapped privately: its data is read when first used, and stays on disk as long as
+                they live. Only for stores in a folder of a local disk.
+            verify: "lazy", only with `mmap`, returns when the names and places of the tensors have been checked, and checks the rest in
+                the background: what it finds is raised by the store's next `load`, `resume` or save, or by `close`, which waits for it.
 
         Raises:
             Damaged: what is stored is not what was committed; nothing was parsed.
+            UsageError: this store's files cannot be mapped.
             UnsafeContent: the file asks for more than ``weights_only=True`` allows, or for more memory than it has bytes.
             NotFound: there is no such file in it, or the checkpoint has been pruned.
             WrongKind: there is not, for it was written by another library.
         """
         from . import loading
 
+        if verify not in ("full", "lazy") or (verify == "lazy" and not mmap):
+            raise UsageError(f"verify must be 'full', or with mmap=True 'lazy', not {verify!r:.100}")
+        entry = self._file(file)
+        how: dict[str, Any] = {"map_location": map_location, "weights_only": weights_only, "name": f"{self.id}/{file}"}
+        with self._damaged_or_pruned():
+            if mmap:
+                from . import mapped
+
+                result = mapped.load(self._stored(entry), lazy=verify == "lazy", **how)
+            else:
+                result = loading.load(self._stored(entry), **how)
+        if verify == "lazy":
+            self._engine.check_later(lambda: self._check_late(entry))
+        else:
+            self.read_whole.add(file)
+        return result
+
+    def load_tensors(self, names: Iterable[str], file: str = STATE_FILE, *, weights_only: bool = True) -> dict[str, torch.Tensor]:
+        """Return some tensors of `file`, on the CPU, by their dotted paths ("model.layer1.weight"), in the order asked for.
+
+        Reads, and checks, their bytes, the list of names and little else, if the file holds nothing but plain tensors and containers;
+        everything otherwise. A path is the keys and indices that lead to the tensor, with dots between them.
+
+        Raises:
+            NotFound: there is no such tensor, or no such file, or the checkpoint has been pruned.
+            Damaged, UnsafeContent: as `load`.
+        """
+        from . import loading
+
+        if isinstance(names, str):
+            raise UsageError(f"names must be a list of paths, as in [{names!r:.200}]")
         entry = self._file(file)
         with self._damaged_or_pruned():
-            stored = StoredFile(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
-            result = loading.load(stored, map_location=map_location, weights_only=weights_only, name=f"{self.id}/{file}")
-        self.read_whole.add(file)
-        return result
+            stored = self._stored(entry)
+            return loading.load_tensors(stored, list(names), weights_only=weights_only, name=f"{self.id}/{file}")
+
+    def tensor_names(self, file: str = STATE_FILE, *, weights_only: bool = True) -> list[str]:
+        """Return the paths of all tensors in `file`, for `load_tensors`. Raises as that does."""
+        from . import loading
+
+        entry = self._file(file)
+        with self._damaged_or_pruned():
+            return loading.tensor_names(self._stored(entry), weights_only=weights_only, name=f"{self.id}/{file}")
+
+    def load_mapped(self, map_location: Any, weights_only: bool) -> tuple[Any, bool]:
+        """Do as `load`, for who copies the tensors elsewhere at once; return also whether they are views of the mapped file."""
+        from . import loading, mapped
+
+        entry = self._file(STATE_FILE)
+        stored = self._stored
+        with self._damaged_or_pruned():
+            if loading.is_cpu(map_location) and isinstance(self._engine.backend, LocalFiles):
+                how: dict[str, Any] = {
+                    "map_location": map_location,
+                    "weights_only": weights_only,
+                    "name": f"{self.id}/{STATE_FILE}",
+                }
+                with suppress(loading.NotPlain, mapped.NotMapped):
+                    result = mapped.load(stored(entry), lazy=False, plain=True, **how)
+                    self.read_whole.add(STATE_FILE)
+                    return result, True
+        return self.load(map_location=map_location, weights_only=weights_only), False
+
+    def _stored(self, entry: FileEntry) -> StoredFile:
+        return StoredFile(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
+
+    def _check_late(self, entry: FileEntry) -> None:
+        ranges = damaged_ranges(self._engine.backend, data_key(self.id, entry.key), entry, None)
+        if ranges:
+            self._engine.check_kept(self.id)
+            self._engine.verdicts[self.id] = False
+            why = "it was loaded with verify='lazy', and is damaged: what was made of it must not be used"
+            raise DamagedFile(f"{self.id}/{entry.path}: {why}", entry.path, ranges)
 
     def open(self, file: str) -> BinaryIO:
         """Open one file for reading (seekable, buffered). Bytes that fail their checksum raise `DamagedFile` instead of coming out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -40,6 +40,8 @@ class Engine:
         self._abandoned: set[str] = set()
         self._lock = threading.Lock()
         self._deletions: list[Job[None]] = []
+        self._late = Workers(1)  # one thread: training goes on beside it
+        self._checks: list[Job[None]] = []
         self._pid = os.getpid()  # of the process that began them
         self._keys: dict[str, list[str]] = {}
         self._warned: set[str] = set()
@@ -164,7 +166,25 @@ class Engine:
 
     def _forget_parents(self) -> None:
         if self._pid != os.getpid():  # a fork has our lists, but not the threads: what they were given never ends here
-            self._deletions, self._pid = [], os.getpid()
+            self._deletions, self._checks, self._pid = [], [], os.getpid()
+
+    def check_later(self, check: Callable[[], None]) -> None:
+        """Begin a check in the background; what it raises, `raise_late` will."""
+        job = self._late.submit(check)
+        with self._lock:
+            self._forget_parents()
+            self._checks.append(job)
+
+    def raise_late(self, *, wait: bool = False) -> None:
+        """Raise, once, what a check in the background has raised so far, or with `wait`, when all have ended."""
+        with self._lock:
+            self._forget_parents()
+            ended = [job for job in self._checks if wait or job.done()]
+            self._checks = [job for job in self._checks if job not in ended]
+        for job in ended:
+            job.wait()
+        for job in ended:
+            job.result()
 
     def write_down(self, state: Record) -> Record:
         """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""
@@ -184,7 +204,11 @@ class Engine:
                 yield replace(entry, verified=verdict)
 
     def close(self) -> None:
-        """Release threads and connections. Idempotent."""
-        self.workers.close()
-        with suppress(CkptStoreError):
-            self.backend.close()
+        """Wait for the checks in the background, and release threads and connections. Idempotent. Raises what a check has found."""
+        try:
+            self.raise_late(wait=True)
+        finally:
+            self._late.close()
+            self.workers.close()
+            with suppress(CkptStoreError):
+                self.backend.close()

@@ -13,17 +13,20 @@ import io
 import sys
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 import torch
 
 from . import archive, torchfile
 from .archive import Outline, Record
+from .errors import NotFound, UsageError
 from .picklescan import plain_names
 from .reading import Piece, StoredFile
 
-__all__ = ["load"]
+__all__ = ["NotPlain", "is_cpu", "load", "load_tensors", "plain_outline", "prefer_huge_pages", "tensor_names", "tensors_of"]
 
 _PLAIN = frozenset(
     {"collections.OrderedDict", "collections.Counter", "builtins.set", "torch.Size", "torch.device"}
@@ -40,7 +43,7 @@ _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14  # <asm-generic/mman-common.h>
 
 
-class _NotPlain(Exception):
+class NotPlain(Exception):
     """The file has to be read whole before torch sees it."""
 
 
@@ -58,32 +61,86 @@ def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) 
         UnsafeContent, RuntimeError: see `torchfile.load`.
     """
     try:
-        if _is_cpu(map_location) and (outline := archive.outline(file.read, file.entry.size, name)) is not None:
-            hollow = _Hollow(file, outline)
+        if is_cpu(map_location):
+            hollow = _Hollow(file, archive.outline(file.read, file.entry.size, name))
             result = hollow.load(map_location, weights_only, name)
             hollow.fill(result)
             return result
-    except _NotPlain:
+    except NotPlain:
         pass
     return torchfile.load(file.whole(), map_location=map_location, weights_only=weights_only, name=name)
 
 
-def _is_cpu(map_location: Any) -> bool:
+def is_cpu(map_location: Any) -> bool:
     return map_location is None or (isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu")
+
+
+def load_tensors(file: StoredFile, names: Sequence[str], *, weights_only: bool, name: str) -> dict[str, torch.Tensor]:
+    """Return some tensors of a stored file by their dotted paths, on the CPU, and read no more of it than that takes, if it is plain.
+
+    Raises:
+        NotFound: there is no such tensor.
+        DamagedFile, UnsafeContent, RuntimeError: as `load`.
+    """
+    try:
+        hollow = _Hollow(file, archive.outline(file.read, file.entry.size, name))
+        wanted = _named(hollow.load("cpu", weights_only, name), names, name)
+        hollow.read(wanted.values())
+        return wanted
+    except NotPlain:
+        return _named(load(file, map_location="cpu", weights_only=weights_only, name=name), names, name)
+
+
+def tensor_names(file: StoredFile, *, weights_only: bool, name: str) -> list[str]:
+    """Return the dotted paths of the tensors in a stored file, in its order. Raises as `load_tensors`."""
+    try:
+        hollow = _Hollow(file, archive.outline(file.read, file.entry.size, name))
+        return list(dict(_paths(hollow.load("cpu", weights_only, name))))
+    except NotPlain:
+        return list(dict(_paths(load(file, map_location="cpu", weights_only=weights_only, name=name))))
+
+
+def _named(result: Any, names: Sequence[str], name: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path, tensor in _paths(result):
+        if path in found and found[path] is not tensor and path in names:
+            raise UsageError(f"two tensors of {name} have the path {path!r:.200}, because of a dot in a key; load it whole")
+        found[path] = tensor
+    for wanted in names:
+        if wanted not in found:
+            near = get_close_matches(wanted, found, 3) or list(islice(found, 3))
+            raise NotFound(f"{name} has no tensor {wanted!r:.200}; it has {', '.join(near) or 'none'} …; see tensor_names()")
+    return {wanted: found[wanted] for wanted in names}
+
+
+def _paths(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in nested dicts, lists and tuples by the keys and indices that lead to them."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in above:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _paths(item, f"{path}.{key}" if path else str(key), (*above, id(value)))
+
+
+def plain_outline(file: StoredFile, outline: Outline | None) -> Outline:
+    """Return the outline of a file of plain tensors and containers. Raises `NotPlain` if it is not, or may not be."""
+    if outline is None:
+        raise NotPlain
+    order = outline.records.get("byteorder")
+    names = plain_names(outline.pickle)
+    if names is None or not names <= _PLAIN or order is None:
+        raise NotPlain
+    if bytes(file.read(order.start, order.size)) != sys.byteorder.encode():
+        raise NotPlain
+    return outline
 
 
 class _Hollow:
     """A file without the bytes of its tensors, and the tensors that torch made of it."""
 
-    def __init__(self, file: StoredFile, outline: Outline) -> None:
+    def __init__(self, file: StoredFile, outline: Outline | None) -> None:
         self._file = file
-        self._outline = outline
-        order = outline.records.get("byteorder")
-        names = plain_names(outline.pickle)
-        if names is None or not names <= _PLAIN or order is None:
-            raise _NotPlain
-        if bytes(file.read(order.start, order.size)) != sys.byteorder.encode():
-            raise _NotPlain
+        self._outline = plain_outline(file, outline)
         self._empty: dict[int, tuple[Record, memoryview]] = {}  # by address
 
     def load(self, map_location: Any, weights_only: bool, name: str) -> Any:
@@ -100,7 +157,7 @@ class _Hollow:
 
     def fill(self, result: Any) -> None:
         """Read the tensors of `result`, and check the whole file."""
-        self._read(_tensors(result), all_chunks=True)
+        self._read(tensors_of(result), all_chunks=True)
 
     def read(self, tensors: Iterable[torch.Tensor]) -> None:
         """Read some of the tensors, and check what is read."""
@@ -116,18 +173,18 @@ class _Hollow:
                 continue
             record, view = self._empty.get(address, (None, memoryview(b"")))
             if record is None or len(view) != tensor.untyped_storage().nbytes():
-                raise _NotPlain
+                raise NotPlain
             pieces[address] = (record.start, view)
             if not all_chunks:
                 used.append(record)
         heads = [memoryview(bytearray(record.header_size)) for record in used]
         for _, view in pieces.values():
-            _prefer_huge_pages(view)
+            prefer_huge_pages(view)
         self._file.fill(
             [*pieces.values(), *((r.header, head) for r, head in zip(used, heads, strict=True))], all_chunks=all_chunks
         )
         if not all(record.fits(head) for record, head in zip(used, heads, strict=True)):
-            raise _NotPlain
+            raise NotPlain
 
 
 class _HollowFile(io.RawIOBase):
@@ -180,7 +237,7 @@ class _HollowFile(io.RawIOBase):
         index = bisect_right(self._headers, start) - 1
         key, record = self._records[index] if index >= 0 else ("", None)
         if record is None:
-            raise _NotPlain
+            raise NotPlain
         if stop <= record.start:
             view[:] = record.made_header()[start - record.header : stop - record.header]
         elif (start, stop) == (record.start, record.start + record.size) and key.startswith("data/"):
@@ -188,18 +245,18 @@ class _HollowFile(io.RawIOBase):
         elif start >= record.start and stop <= record.start + record.size and not key.startswith("data/"):
             view[:] = self._file.read(start, len(view))
         else:
-            raise _NotPlain
+            raise NotPlain
 
 
-def _tensors(result: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in plain containers. Raises `_NotPlain` for anything that may hide another one."""
+def tensors_of(result: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in plain containers. Raises `NotPlain` for anything that may hide another one."""
     queue, seen = [result], set[int]()
     while queue:
         node = queue.pop()
         kind = type(node)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             if node.layout != torch.strided or node.is_quantized or node.device.type != "cpu" or node.__dict__:
-                raise _NotPlain
+                raise NotPlain
             yield node
         elif kind in _CONTAINERS:
             if id(node) not in seen:
@@ -208,14 +265,14 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
                 if isinstance(node, dict):
                     queue.extend(key for key in node if type(key) not in (str, int))
         elif kind not in _OTHERS:
-            raise _NotPlain
+            raise NotPlain
 
 
 def _address(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
 
 
-def _prefer_huge_pages(view: memoryview) -> None:
+def prefer_huge_pages(view: memoryview) -> None:
     """Have the kernel provide the memory, which nobody has touched, in large pages: making them costs as much as reading the data."""
     start = _address(view)
     first, end = -(-start // _HUGE_PAGE) * _HUGE_PAGE, (start + len(view)) // _HUGE_PAGE * _HUGE_PAGE

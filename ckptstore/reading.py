@@ -66,7 +66,7 @@ class StoredFile:
         self._kept: dict[int, memoryview] = {}  # number of a chunk -> its bytes
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Return some bytes, which lie inside the file. All chunks that they are in are kept; of a small file, all there are.
+        """Return some bytes, which lie inside the file. Their chunks are kept; of a small file behind a network, all there are.
 
         Raises:
             DamagedFile
@@ -74,7 +74,8 @@ class StoredFile:
         if not length:
             return memoryview(b"")
         numbers = self._chunks.of(offset, offset + length)
-        small = self.entry.size <= self.backend.capabilities.part_size
+        storage = self.backend.capabilities
+        small = storage.remote and self.entry.size <= storage.part_size  # one request
         missing = [n for n in (range(len(self.entry.chunks)) if small else numbers) if n not in self._kept]
         for n in missing:
             self._kept[n] = memoryview(bytearray(self.entry.chunks[n][0]))
@@ -280,11 +281,12 @@ def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, number
 
 
 def damaged_ranges(
-    backend: Backend, key: str, entry: FileEntry, workers: Workers, progress: Callable[[int], object] | None = None
+    backend: Backend, key: str, entry: FileEntry, workers: Workers | None, progress: Callable[[int], object] | None = None
 ) -> list[tuple[int, int]]:
     """Read the whole file in bounded memory and return the (start, stop) byte ranges that are not what was committed.
 
-    A missing file is one range; bytes beyond the end are a range too. `progress` is called with the number of bytes just done.
+    A missing file is one range; bytes beyond the end are a range too. `progress` is called with the number of bytes just done. Without
+    `workers`, the calling thread does it alone.
     """
     try:
         size = backend.stat(key).size
@@ -294,8 +296,8 @@ def damaged_ranges(
     there = [n for n, start in enumerate(chunks.starts) if start + entry.chunks[n][0] <= size]
     bad: list[tuple[int, int]] = []
     with opened(backend, key) as (read_into, block):
-        spans = list(chunks.spans(there, block))
-        for span, found in zip(spans, workers.map(_Pass(chunks, read_into, block), spans), strict=True):
+        spans, one = list(chunks.spans(there, block)), _Pass(chunks, read_into, block)
+        for span, found in zip(spans, (workers.map if workers else map)(one, spans), strict=True):
             bad += [one for damage in found for one in damage.ranges]
             if progress is not None:
                 progress(span[1] - span[0])

@@ -30,16 +30,23 @@ def restore_newest(
     ranks: Ranks | None = None,
 ) -> Checkpoint | None:
     """Restore from the newest whole checkpoint saved under `name` and return it; None for an empty store. See `Store.resume`."""
+    from . import mapped, snapshot
     from . import rng as generators
-    from . import snapshot
 
-    def read(checkpoint: Checkpoint) -> tuple[Any, Any]:
-        saved = checkpoint.load(map_location=map_location, weights_only=weights_only)
+    def read(checkpoint: Checkpoint) -> tuple[tuple[Any, bool], Any]:
+        saved = checkpoint.load_mapped(map_location, weights_only)
         return saved, checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
 
     def apply() -> None:
         _restore_sampler(checkpoint, sampler)
-        snapshot.restore(objects, saved)
+        state, is_mapped = saved
+        owned: dict[int, Any] = {}
+
+        def keep(target: Any, part: Any) -> None:
+            if not mapped.takes_copies(target):
+                mapped.own(part, owned)
+
+        snapshot.restore(objects, state, keep if is_mapped else None)
         if saved_rng is not None:
             generators.restore(saved_rng)
 

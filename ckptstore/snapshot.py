@@ -122,18 +122,22 @@ def _is_container(obj: Any) -> bool:
     return type(obj) in (dict, OrderedDict, list, tuple) or (isinstance(obj, tuple) and hasattr(type(obj), "_make"))
 
 
-def restore(target: Any, state: Any) -> None:
+def restore(target: Any, state: Any, keep: Callable[[Any, Any], object] | None = None) -> None:
     """Put `state`, as `to_state` made it, back into the objects of `target`, in place.
 
     Values with a ``load_state_dict`` are given theirs; tensors are copied into (under no_grad); other values inside a dict or
     list are replaced by the saved ones. The keys of `target` say what is wanted: more keys in `state` are ignored, except in a
     nested dict or list of plain values, which then holds exactly what was saved.
 
+    Args:
+        keep: called with each target, None if it is a plain value, and its part of the state, before that is given to it, for the target
+            may hold on to it from then on. What is copied into a tensor is not.
+
     Raises:
         StateMismatch: something is missing or of another kind, shape or dtype: all of it is listed by path, and nothing was
             changed. Or a ``load_state_dict`` or a copy failed: the path is named, and what came before it has been restored.
     """
-    plan = _Plan()
+    plan = _Plan(keep)
     plan.visit(target, state, "")
     if plan.problems:
         raise StateMismatch("the saved state does not fit: " + "; ".join(plan.problems))
@@ -148,7 +152,8 @@ def restore(target: Any, state: Any) -> None:
 class _Plan:
     """What is to be done, and why it cannot be."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[Any, Any], object] | None = None) -> None:
+        self._keep = keep or (lambda target, state: None)
         self.actions: list[tuple[str, Callable[[], object]]] = []
         self.problems: list[str] = []
         self._seen: set[tuple[int, int]] = set()
@@ -160,7 +165,7 @@ class _Plan:
             return
         self._seen.add((id(target), id(state)))
         if _has(target, "load_state_dict"):
-            self.actions.append((path, lambda: target.load_state_dict(state)))
+            self.actions += [(path, lambda: self._keep(target, state)), (path, lambda: target.load_state_dict(state))]
         elif _is_tensor(target):
             self._tensor(target, state, path)
         elif isinstance(target, dict):
@@ -217,6 +222,7 @@ class _Plan:
 
     def _replace(self, target: Any, key: Any, value: Any, saved: Any, path: str) -> None:
         """Plan to put the plain value `saved` in the place of `value`; into the same dict or list, if it is one."""
+        self.actions.append((path, lambda: self._keep(None, saved)))
         if isinstance(value, dict) and isinstance(saved, dict):
             missing = [f"{path}[{k!r}]" for k in value if k not in saved]
             self.problems += [f"{p} is missing from the saved state" for p in missing]

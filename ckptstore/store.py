@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .asynchronous import Asynchronous
 from .background import Background
@@ -165,6 +165,7 @@ class Store(Asynchronous, Distributed):
         return self._begin(Draft.check(name, step, metrics, metadata, sampler))
 
     def _begin_now(self, draft: Draft) -> Transaction:
+        self._engine.raise_late()
         self._acquire_for_change()
         return Transaction(self._engine, self._writer, self._retention, draft)
 
@@ -304,21 +305,27 @@ class Store(Asynchronous, Distributed):
         file: str = STATE_FILE,
         map_location: Any = None,
         weights_only: bool = True,
+        mmap: bool = False,
+        verify: Literal["full", "lazy"] = "full",
     ) -> Any:
         """Return a saved object, every byte checked before it was parsed.
 
         By name ("latest" if nothing is given), a damaged checkpoint is passed over, with a `FallbackWarning`, for the newest older one
         that was saved under that name and is whole. By id, `Checkpoint` or `step` there is no falling back.
 
+        Args:
+            mmap, verify: map the file, which must be on a local disk, instead of reading it; see `Checkpoint.load`.
+
         Raises:
             CheckpointNotFound, StoreNotFound
-            Damaged: nothing whole is left.
+            Damaged: nothing whole is left; or what was loaded before with ``verify="lazy"`` is not.
             UnsafeContent: see `Checkpoint.load`.
         """
         self._background.raise_failure()
+        self._engine.raise_late()
 
         def read(checkpoint: Checkpoint) -> Any:
-            return checkpoint.load(file, map_location=map_location, weights_only=weights_only)
+            return checkpoint.load(file, map_location=map_location, weights_only=weights_only, mmap=mmap, verify=verify)
 
         if isinstance(target, Checkpoint):
             target = target.id
@@ -356,6 +363,7 @@ class Store(Asynchronous, Distributed):
             CheckpointNotFound: there are checkpoints, but none was saved under `name`.
             Damaged: there are, and not one is whole; it is not for a program to start over then.
         """
+        self._engine.raise_late()
         ranks = self._take_over(process_group)
         checkpoint = restore_newest(self._engine, check_name(name), objects, sampler, map_location, weights_only, rng, ranks)
         self._note_resumed(checkpoint, ranks)

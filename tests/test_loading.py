@@ -1,0 +1,395 @@
+"""Loads that read each byte once, or only some of them: what comes out is what was saved, and what is damaged never does."""
+
+from __future__ import annotations
+
+import gc
+import io
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stores
+import torch
+
+from ckptstore import Store, loading, torchfile
+from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, UsageError
+from ckptstore.protocol import LocalFiles
+from ckptstore.testing import FaultyBackend
+
+MIB = 1 << 20
+
+
+def tensors() -> dict[str, Any]:
+    """A state of many sizes, with views, shared storages and parameters."""
+    base = torch.arange(3 * MIB // 4, dtype=torch.float32)
+    return {
+        "model": OrderedDict((f"layer{i}.weight", torch.rand(n)) for i, n in enumerate([1, 1000, 40_000, 3 * MIB, 5, 70_000])),
+        "views": [base[10:20], base[::2], base.reshape(-1, 4).t(), base],
+        "odd": {
+            "empty": torch.zeros(0),
+            "half": torch.rand(999).half(),
+            "uint16": torch.arange(7).to(torch.uint16),
+            "parameter": torch.nn.Parameter(torch.rand(3)),
+            3: (torch.tensor(1), None, "text", 2.5),
+        },
+    }
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert type(found) is type(wanted)
+    if isinstance(wanted, torch.Tensor):
+        assert torch.equal(found, wanted) and found.stride() == wanted.stride() and found.requires_grad == wanted.requires_grad
+    elif isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        for key in wanted:
+            assert_same(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        for one, other in zip(found, wanted, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == wanted
+
+
+@pytest.fixture
+def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a file is read into memory whole."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the file was read whole")
+
+    monkeypatch.setattr(torchfile, "load", refuse)
+
+
+@pytest.mark.parametrize("place", ["memory", "local"])
+@pytest.mark.usefixtures("never_whole")
+def test_plain_tensors_are_read_to_where_they_stay(place: str, tmp_path: Path) -> None:
+    with Store(tmp_path / "s") if place == "local" else stores.store_on(stores.new_memory()) as store:
+        state = tensors()
+        store.save(state)
+        loaded = store.load()
+        assert_same(loaded, state)
+        pointers = {view.untyped_storage().data_ptr() for view in loaded["views"]}
+        assert len(pointers) == 1, "what shared memory shares it again"
+        assert_same(store.load(map_location="cpu", weights_only=False), state)
+
+
+ODD: dict[str, Any] = {
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "an object": lambda: stores.Killed,
+    "a tensor with an attribute": lambda: marked(torch.ones(2)),
+    "a storage": lambda: torch.arange(4.0).untyped_storage(),
+}
+
+
+def marked(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.mark = torch.ones(3)  # type: ignore[attr-defined]
+    return tensor
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD.keys())
+@pytest.mark.filterwarnings("ignore::ckptstore.errors.WeightsOnlyWarning", "ignore:TypedStorage")
+def test_whatever_may_look_into_a_tensor_while_it_is_made_sees_it_whole(make: Any, tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save({"odd": make(), "plain": torch.arange(9.0)})
+        loaded = store.load(weights_only=False)
+        assert torch.equal(loaded["plain"], torch.arange(9.0))
+        if isinstance(loaded["odd"], torch.Tensor):
+            assert torch.equal(loaded["odd"].to_dense(), make().to_dense())
+            assert torch.equal(getattr(loaded["odd"], "mark", torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("change", ["padding", "alignment"])
+def test_a_file_laid_out_in_another_way_loads_too(change: str, tmp_path: Path) -> None:
+    """As from other versions of torch, or with another alignment of the storages."""
+    state = {"a": torch.arange(1000.0), "b": torch.ones(5)}
+    file = io.BytesIO()
+    with torch.utils.serialization.config.patch({"save.storage_alignment": 4096} if change == "alignment" else {}):
+        torch.save(state, file)
+    data = file.getvalue()
+    with Store(tmp_path / "s") as store:
+        written = stores.write(store, files={"state.pt": data if change == "alignment" else shifted(data)})
+        assert_same(store.load(written), state)
+        assert_same(store.checkpoint(written).load_tensors(["b"]), {"b": state["b"]})
+        assert_same(store.load(written, mmap=True), state)
+
+
+def shifted(data: bytes) -> bytes:
+    """Return the archive with no data descriptors, so that data does not end where the next header would tell."""
+    import zipfile
+
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in reversed(old.namelist()):
+            new.writestr(name, old.read(name))
+    return out.getvalue()
+
+
+# --- damage
+
+
+def data_file(store: Store, root: Path) -> Path:
+    return root / "data" / store.checkpoint().id / "state.pt"
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", [0.0001, 0.02, 0.3, 0.6, 0.97, 0.99999])
+def test_one_bit_anywhere_is_found(where: float, tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save(tensors())
+        path = data_file(store, tmp_path / "s")
+        flip(path, int(path.stat().st_size * where))
+        for how in ({}, {"mmap": True}):
+            with pytest.raises(DamagedFile, match="fails its checksum"):
+                store.load(**how)  # type: ignore[arg-type]
+
+
+def test_damage_half_way_leaves_the_live_model_alone(tmp_path: Path) -> None:
+    """The last byte of the last tensor: everything before it is whole, and nothing of it may be in the model."""
+    torch.manual_seed(0)
+    with Store(tmp_path / "s") as store:
+        model = torch.nn.Linear(1000, 1000)
+        store.save({"model": model})
+        path = data_file(store, tmp_path / "s")
+        flip(path, path.read_bytes().rindex(bytes(memoryview(model.bias.detach().numpy()))) + 3999)  # type: ignore[arg-type]
+        live = torch.nn.Linear(1000, 1000)
+        before = {name: value.clone() for name, value in live.state_dict().items()}
+        with pytest.raises(Damaged):
+            store.resume({"model": live})
+        assert_same(OrderedDict(live.state_dict()), OrderedDict(before))
+
+
+def test_resume_falls_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        old = torch.nn.Linear(500, 500)
+        store.save({"model": old}, step=1)
+        store.save({"model": torch.nn.Linear(500, 500)}, step=2)
+        path = data_file(store, tmp_path / "s")
+        flip(path, path.stat().st_size // 2)
+        live = torch.nn.Linear(500, 500)
+        with pytest.warns(FallbackWarning, match="falling back"):
+            found = store.resume({"model": live})
+        assert found is not None and found.step == 1
+        assert torch.equal(live.weight, old.weight)
+
+
+# --- into a live model
+
+
+class Keeps(torch.nn.Module):
+    """Holds on to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(100_000)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return self.kept
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.kept = state
+
+
+def test_after_resume_nothing_refers_to_the_file(tmp_path: Path) -> None:
+    """Or its blocks on disk could not be freed, and its loss would be ours."""
+    with Store(tmp_path / "s") as store:
+        model, keeps = torch.nn.Linear(700, 700), Keeps()
+        keeps.kept = torch.rand(100_000)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.rand(2, 700)).sum().backward()
+        optimizer.step()
+        plain: dict[str, Any] = {"history": {"loss": torch.rand(50_000)}, "model": model, "optimizer": optimizer, "keeps": keeps}
+        store.save(plain)
+        live, live_keeps = torch.nn.Linear(700, 700), Keeps()
+        live_optimizer = torch.optim.Adam(live.parameters())
+        objects: dict[str, Any] = {"history": {}, "model": live, "optimizer": live_optimizer, "keeps": live_keeps}
+        store.resume(objects)
+        gc.collect()
+        path = data_file(store, tmp_path / "s")
+        assert str(path) not in Path("/proc/self/maps").read_text()
+        path.write_bytes(bytes(path.stat().st_size))
+        assert torch.equal(live.weight, model.weight) and torch.equal(live_keeps.kept, keeps.kept)
+        assert torch.equal(objects["history"]["loss"], plain["history"]["loss"])
+        for index, moments in optimizer.state_dict()["state"].items():
+            assert_same(live_optimizer.state_dict()["state"][index], moments)
+
+
+def test_resume_maps_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(tmp_path / "s") as store:
+        model = torch.nn.Linear(100, 100)
+        store.save({"model": model})
+        monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("it was read into memory first"))
+        live = torch.nn.Linear(100, 100)
+        store.resume({"model": live})
+        assert torch.equal(live.weight, model.weight)
+
+
+# --- mapped
+
+
+def test_a_mapped_load_refers_to_the_file_and_does_not_change_it(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        state = tensors()
+        store.save(state)
+        path = data_file(store, tmp_path / "s")
+        before = path.read_bytes()
+        loaded = store.load(mmap=True)
+        assert_same(loaded, state)
+        assert str(path) in Path("/proc/self/maps").read_text()
+        loaded["model"]["layer3.weight"].zero_()
+        assert path.read_bytes() == before
+        assert store.verify() == []
+
+
+def test_mmap_where_there_is_no_local_file_says_so() -> None:
+    backend = stores.new_memory()
+    assert not isinstance(backend, LocalFiles)
+    with stores.store_on(backend) as store:
+        store.save(tensors())
+        with pytest.raises(UsageError, match="only files in a folder of a local disk can be mapped"):
+            store.load(mmap=True)
+
+
+def test_mmap_is_refused_where_a_change_would_reach_the_file(tmp_path: Path) -> None:
+    import mmap
+
+    with Store(tmp_path / "s") as store:
+        store.save(tensors())
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED), pytest.raises(UsageError, match="MAP_PRIVATE"):
+            store.load(mmap=True)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            store.resume({"model": {}})  # finds another way
+
+
+@pytest.mark.parametrize("arguments", [{"verify": "lazy"}, {"verify": "never", "mmap": True}, {"verify": False}])
+def test_less_than_full_is_only_for_mapped_files(arguments: Any, tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save({"a": torch.ones(1)})
+        with pytest.raises(UsageError, match="verify must be"):
+            store.load(**arguments)
+
+
+@pytest.mark.parametrize("then", ["load", "save", "resume", "close"])
+def test_damage_found_late_is_raised_by_the_next_call_once(then: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    store.save({"model": torch.ones(2 * MIB)})
+    flip(data_file(store, tmp_path / "s"), 4 * MIB)
+    assert (store.load(mmap=True, verify="lazy")["model"] != 1).any()
+    for job in store._engine._checks:
+        job.wait()
+    calls = {
+        "load": store.load,
+        "save": lambda: store.save({"a": 1}),
+        "resume": lambda: store.resume({}),
+        "close": store.close,
+    }
+    with pytest.raises(DamagedFile, match="must not be used"):
+        calls[then]()
+    store.close()
+
+
+def test_lazy_checks_names_and_places_at_once(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save(tensors())
+        flip(data_file(store, tmp_path / "s"), 100)  # in the pickle
+        with pytest.raises(DamagedFile, match="fails its checksum"):
+            store.load(mmap=True, verify="lazy")
+
+
+def test_a_whole_file_loaded_lazily_raises_nothing(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        state = tensors()
+        store.save(state)
+        assert_same(store.load(mmap=True, verify="lazy"), state)
+
+
+# --- some tensors
+
+
+class Counting(FaultyBackend):
+    """Counts the bytes that are read of data files."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.count = 0
+        self._counting = threading.Lock()
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        super().read_into(key, offset, buffer)
+        with self._counting:
+            self.count += buffer.nbytes
+
+
+def test_one_tensor_costs_its_own_bytes() -> None:
+    backend = Counting(stores.new_memory())
+    with stores.store_on(backend) as store:
+        state = {"model": {f"layer{i}.weight": torch.rand(3 * MIB // 4) for i in range(8)}, "small": torch.rand(100)}
+        state["model"]["middle"] = torch.rand(300_000)  # type: ignore[index]
+        store.save(state)
+        checkpoint = store.checkpoint()
+        for name, factor in (("model.layer5.weight", 1.1), ("model.layer0.weight", 1.1), ("model.middle", 1.1)):
+            backend.count = 0
+            found = checkpoint.load_tensors([name])
+            wanted = state["model"][name.removeprefix("model.")]  # type: ignore[index]
+            assert_same(found, {name: wanted})
+            assert backend.count <= factor * wanted.nbytes
+        backend.count = 0
+        checkpoint.load_tensors(["small"])
+        assert backend.count < MIB // 8
+
+
+def test_some_tensors_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        state = tensors()
+        store.save(state)
+        checkpoint = store.checkpoint()
+        wanted = ["odd.3.0", "views.1", "model.layer3.weight", "odd.empty"]
+        found = checkpoint.load_tensors(wanted)
+        assert list(found) == wanted
+        assert_same(found["views.1"], state["views"][1])
+        assert_same(found["odd.3.0"], state["odd"][3][0])
+        assert_same(found["model.layer3.weight"], state["model"]["layer3.weight"])
+        names = checkpoint.tensor_names()
+        assert len(names) == 15 and set(wanted) <= set(names) and names[0] == "model.layer0.weight"
+
+
+def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save(tensors())
+        with pytest.raises(NotFound, match=r"has no tensor 'model.layer3.weigth'; it has model.layer3.weight"):
+            store.checkpoint().load_tensors(["model.layer3.weigth"])
+        with pytest.raises(UsageError, match="a list of paths"):
+            store.checkpoint().load_tensors("model.layer3.weight")
+
+
+def test_two_tensors_of_one_path(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save({"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.zeros(1), "d": torch.ones(2)}})
+        with pytest.raises(UsageError, match="two tensors"):
+            store.checkpoint().load_tensors(["a.b.c"])
+        assert torch.equal(store.checkpoint().load_tensors(["a.b.d"])["a.b.d"], torch.ones(2))
+
+
+def test_a_damaged_tensor_does_not_come_out_and_the_others_do(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        state = {f"t{i}": torch.rand(100_000) for i in range(4)}
+        store.save(state)
+        path = data_file(store, tmp_path / "s")
+        flip(path, path.read_bytes().index(bytes(memoryview(state["t2"].numpy()))) + 5)  # type: ignore[arg-type]
+        checkpoint = store.checkpoint()
+        with pytest.raises(DamagedFile, match="fails its checksum"):
+            checkpoint.load_tensors(["t2"])
+        assert_same(checkpoint.load_tensors(["t1", "t3"]), {"t1": state["t1"], "t3": state["t3"]})
+
+
+def test_some_tensors_of_a_file_that_is_not_plain(tmp_path: Path) -> None:
+    with Store(tmp_path / "s") as store:
+        store.save({"sparse": torch.eye(3).to_sparse(), "plain": torch.arange(5.0)})
+        found = store.checkpoint().load_tensors(["plain", "sparse"])
+        assert torch.equal(found["plain"], torch.arange(5.0)) and torch.equal(found["sparse"].to_dense(), torch.eye(3))
