@@ -218,10 +218,10 @@ class Transaction:
         Raises:
             InvalidName: not a relative path, or taken.
         """
+        if self._state != "open":
+            raise UsageError("the transaction is not open; use it in a with block")
         if mode != "wb":
             raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
-                if self._state != "open":
-            raise UsageError("the transaction is not open; use it in a with block")
         return self._files.open(path)
 
     def adopt(self, entries: Sequence[FileEntry], unsafe: Mapping[str, list[str]]) -> None:
