@@ -195,6 +195,7 @@ class _HollowFile(io.RawIOBase):
         self._outline = outline
         self._position = 0
         self._records = sorted(outline.records.items(), key=lambda item: item[1].header)
+        self._storages = {r.start: r for key, r in outline.records.items() if key.startswith("data/") and r.size}
         self._headers = [record.header for _, record in self._records]
         self.asked: list[tuple[Record, memoryview]] = []
         """Each tensor's storage, and the memory that torch wants it in."""
@@ -215,6 +216,10 @@ class _HollowFile(io.RawIOBase):
         return self._position
 
     def readinto(self, out: Any, /) -> int:
+        if (record := self._storages.get(self._position)) is not None and record.size == len(out):
+            self.asked.append((record, memoryview(out).cast("B")))
+            self._position += record.size
+            return record.size
         with memoryview(out) as given:
             view = given.cast("B")[: max(0, self._file.entry.size - self._position)]
         try:
@@ -227,9 +232,8 @@ class _HollowFile(io.RawIOBase):
 
     def _read(self, view: memoryview) -> None:
         start, stop = self._position, self._position + len(view)
-        if (
-            stop > self._outline.directory or not view
-        ):  # where torch looks for the directory's end, there is no need for what precedes it
+        if stop > self._outline.directory or not view:
+            # Where torch looks for the end of the directory, there is no need for what precedes it.
             before = min(len(view), max(0, self._outline.directory - start))
             view[:before] = bytes(before)
             view[before:] = self._file.read(start + before, len(view) - before)
@@ -240,8 +244,6 @@ class _HollowFile(io.RawIOBase):
             raise NotPlain
         if stop <= record.start:
             view[:] = record.made_header()[start - record.header : stop - record.header]
-        elif (start, stop) == (record.start, record.start + record.size) and key.startswith("data/"):
-            self.asked.append((record, view))
         elif start >= record.start and stop <= record.start + record.size and not key.startswith("data/"):
             view[:] = self._file.read(start, len(view))
         else:
