@@ -115,8 +115,8 @@ class StoredFile:
 
     def _pass(self, targets: list[Piece], numbers: Iterable[int]) -> None:
         with opened(self.backend, self.key) as (read_into, block):
-            spans = self._chunks.spans(numbers, block)
-            for damage in self._workers.map(_Pass(self._chunks, read_into, block, targets), spans):
+            spans, one = list(self._chunks.spans(numbers, block)), _Pass(self._chunks, read_into, block, targets)
+            for damage in self._workers.map(one, spans) if len(spans) > 1 else map(one, spans):
                 if damage:
                     raise damage[0]
 
@@ -297,7 +297,7 @@ def damaged_ranges(
     bad: list[tuple[int, int]] = []
     with opened(backend, key) as (read_into, block):
         spans, one = list(chunks.spans(there, block)), _Pass(chunks, read_into, block)
-        for span, found in zip(spans, (workers.map if workers else map)(one, spans), strict=True):
+        for span, found in zip(spans, (workers.map if workers and len(spans) > 1 else map)(one, spans), strict=True):
             bad += [one for damage in found for one in damage.ranges]
             if progress is not None:
                 progress(span[1] - span[0])
