@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from .background import Background, PendingSave
 from .engine import Engine
 from .envelope import JSON
-from .errors import StoreWarning
+from .errors import CkptStoreError, StoreWarning
 from .transaction import Draft, Transaction
 
 __all__ = ["Asynchronous"]
@@ -83,10 +83,20 @@ class Asynchronous:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        if error is None:
             self.close()
+            return
+        self._background.close()
+        try:
+            self._background.raise_failure()
         except Exception as exc:
-            if error is None:
-                raise
-            url = self._engine.backend.url
-            warnings.warn(f"{url}: a save in the background has failed as well: {exc!r}", StoreWarning, stacklevel=2)
+            self._warn_of(exc)
+        finally:
+            try:
+                self._engine.close()
+            except CkptStoreError as exc:  # what a check in the background has found
+                self._warn_of(exc)
+
+    def _warn_of(self, exc: Exception) -> None:
+        url = self._engine.backend.url
+        warnings.warn(f"{url}: something in the background has failed as well: {exc!r}", StoreWarning, stacklevel=3)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptstore import Store
+from ckptstore.bases import base_keys, bases_of
 
 _ANSWER = 60.0
 """Seconds after which a process that says nothing is taken to hang."""
@@ -188,6 +189,7 @@ def litter(store: Store) -> list[str]:
     """Return the files in the store's folder that no record names and no protocol needs."""
     root = Path(store.url)
     kept = {f"data/{c.id}/{file}" for c in store.checkpoints() for file in (*c.files, "manifest.json")}
+    kept |= {key for name in bases_of(store._engine.head().record) for key in base_keys(name)}
     found = (p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir() or not any(p.iterdir()))
     return [f for f in found if f not in kept and f != "log/hint" and not (f.startswith("log/") and f[4:].isdigit())]
 

@@ -260,7 +260,7 @@ class TestVerify:
 
     def test_the_file_and_the_byte_range_are_named(self, tmp_path: Path, run: Any) -> None:
         place = str(tmp_path)
-        size = 2 * CHUNK + 1000 - (2 * CHUNK) % 250
+        size = 3 * CHUNK - (3 * CHUNK) % 250
         big = save(Store(place), 1, size=size).id
         save(Store(place), 2)
         flip(tmp_path / "data" / big / "model.bin", CHUNK + 17)

@@ -17,7 +17,18 @@ ROOT = Path(__file__).parent.parent
 
 HEAVY = ["asyncio", "awscrt", "boto3", "botocore", "fsspec", "numpy", "torch", "tqdm"]
 
-MAY_IMPORT_TORCH = {"capture", "hostcopy", "integrations", "overlap", "rng", "sampler", "still", "torchfile", "unpicklable"}
+MAY_IMPORT_TORCH = {
+    "capture",
+    "hostcopy",
+    "integrations",
+    "loading",
+    "overlap",
+    "rng",
+    "sampler",
+    "still",
+    "torchfile",
+    "unpicklable",
+}
 """Modules of ckptstore that import torch when they are imported; all others work without."""
 
 
