@@ -22,6 +22,7 @@ MAY_IMPORT_TORCH = {
     "hostcopy",
     "integrations",
     "loading",
+    "mapped",
     "overlap",
     "rng",
     "sampler",
