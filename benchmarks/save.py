@@ -59,7 +59,7 @@ def ways(state: Any, folder: Path, stack: ExitStack) -> Iterator[tuple[str, Way]
     def other(run: Callable[[], object]) -> Way:
         return Way(run, before=clear)
 
-    store = ckptstore.Store(folder / "store", keep_last=1)
+    store = stack.enter_context(ckptstore.Store(folder / "store", keep_last=1))  # to be closed before its folder goes
     yield "ckptstore", Way(lambda: store.save(state), before=lambda: (store._engine.settle(), clear()))
 
     def limit() -> None:
