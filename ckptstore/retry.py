@@ -27,12 +27,13 @@ _CALM = 20
 
 
 class _Gate:
-    """How many requests are under way at a time: half as many after each complaint, one more after a while without any."""
+    """How many requests are under way at a time: half of what was, after a complaint, and one more after a while without any."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._limit = most
-        self._under_way: set[object] = set()
+        self._under_way: dict[object, int] = {}  # with how many complaints had been heeded when it began
+        self._complaints = 0
         self._calm = 0
         self._lock = threading.Lock()
         self._changed = Bell()
@@ -44,23 +45,32 @@ class _Gate:
         try:
             self._changed.until(lambda: self._take(place))
             yield
+            self._went_well()
         except Throttled:
-            with self._lock:
-                self._limit, self._calm = max(1, self._limit // 2), 0
+            self._lower(place)
             raise
         finally:
-            self._under_way.discard(place)  # one step: an interrupt does not keep the place
-            with self._lock:
-                self._calm += 1
-                if self._calm >= _CALM and self._limit < self._most:
-                    self._limit, self._calm = self._limit + 1, 0
+            self._under_way.pop(place, None)  # one step: an interrupt does not keep the place
             self._changed.ring()
 
     def _take(self, place: object) -> bool:
         with self._lock:
             if len(self._under_way) < self._limit:
-                self._under_way.add(place)
+                self._under_way[place] = self._complaints
         return place in self._under_way
+
+    def _lower(self, place: object) -> None:
+        with self._lock:
+            self._calm = 0
+            if self._under_way[place] == self._complaints:  # else it was sent before the last complaint: the same one, said again
+                self._complaints += 1
+                self._limit = max(1, min(self._limit, len(self._under_way)) // 2)
+
+    def _went_well(self) -> None:
+        with self._lock:
+            self._calm += 1
+            if self._calm >= _CALM and self._limit < self._most:
+                self._limit, self._calm = self._limit + 1, 0
 
 
 class Persistent(Wrapper):

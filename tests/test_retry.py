@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -127,23 +128,34 @@ def test_a_commit_that_never_got_there_is_told_so_and_its_data_goes() -> None:
 
 
 def test_complaints_halve_what_is_under_way_and_calm_brings_it_back() -> None:
-    gate = retry._Gate(8)
+    gate = retry._Gate(32)
 
-    def complain() -> None:
-        with pytest.raises(Throttled), gate.passed():
-            raise Throttled("slow down")
+    def complain(at_once: int, about: int) -> None:
+        """Have so many requests under way, and the service complain about the last few."""
+        with ExitStack() as under_way:
+            for _ in range(at_once - about):
+                under_way.enter_context(gate.passed())
+            with pytest.raises(Throttled):
+                _all_throttled(gate, about)
 
-    for expected in (4, 2, 1, 1):
-        complain()
-        assert gate._limit == expected
+    for at_once, about, left in ((8, 1, 4), (4, 4, 2), (2, 1, 1), (1, 1, 1)):
+        complain(at_once, about)
+        assert gate._limit == left
     for _ in range(retry._CALM):
         with gate.passed():
             pass
     assert gate._limit == 2
-    for _ in range(10 * retry._CALM):
+    for _ in range(40 * retry._CALM):
         with gate.passed():
             pass
-    assert gate._limit == 8
+    assert gate._limit == 32
+
+
+def _all_throttled(gate: retry._Gate, count: int) -> None:
+    with gate.passed():
+        if count > 1:
+            _all_throttled(gate, count - 1)
+        raise Throttled("slow down")
 
 
 def test_no_more_than_the_gate_allows_are_under_way() -> None:

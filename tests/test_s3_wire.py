@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
@@ -221,3 +222,63 @@ def test_all_is_signed_but_the_bytes_of_parts(
         assert {name for name in headers if name.startswith("x-amz-")} <= set(signed.split(";"))
         assert not part or "x-amz-checksum-crc64nvme" in headers
     assert parts == 2
+
+
+class Parts:
+    """Parts of uploads on their way through the proxy, which counts how many there are at a time."""
+
+    def __init__(self, proxy: FaultyProxy, refused: int, expected: Callable[[int], int]) -> None:
+        """Refuse the first few by 503; hold each, number n from 1, until `expected(n)` have been there at the same time."""
+        self.came = 0
+        self.most: list[int] = [0, 0]
+        """The greatest number at the same time: among the first eight, and later."""
+        self.missed = False
+        """Whether as many as were expected never came."""
+        self._proxy = proxy
+        self._refused = refused
+        self._expected = expected
+        self._now = 0
+        self._changed = threading.Condition()
+        self._watch()
+
+    def _watch(self) -> None:
+        self._proxy.inject(self._deal, lambda request: "partNumber=" in request.path)
+
+    def _deal(self, x: Exchange) -> None:
+        self._watch()  # for the next one
+        with self._changed:
+            self.came += 1
+            self._now += 1
+            number, later = self.came, self.came > 8
+            self.most[later] = max(self.most[later], self._now)
+            self._changed.notify_all()
+            self.missed |= not self._changed.wait_for(lambda: self.most[later] >= self._expected(number), timeout=60)
+        answered = None if number <= self._refused else x.forward()
+        with self._changed:
+            self._now -= 1  # before the client can know, and send the next one
+        if answered is None:
+            answer(503, "SlowDown")(x)
+        else:
+            x.reply(answered)
+
+
+def test_a_service_that_asks_for_less_gets_less_for_a_while(simple_server: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the service sees it: eight parts at a time; after 503, four; when all has gone well for a while, eight again."""
+    files = {"big": bytes(16 * PART)}
+    with (
+        FaultyProxy(simple_server.server.endpoint_url) as proxy,
+        Store(through(proxy, simple_server, concurrency=8, keep_last="all")) as store,
+    ):
+        monkeypatch.setattr(retry, "_CALM", 1000)
+        parts = Parts(proxy, 8, lambda number: 8 if number <= 8 else 4)
+        write(store, step=1, files=files)
+        assert not parts.missed
+        assert parts.came == 8 + 16
+        assert parts.most == [8, 4]
+        monkeypatch.setattr(retry, "_CALM", 1)
+        proxy.heal()
+        parts = Parts(proxy, 0, lambda number: 0 if number <= 8 else 8)
+        write(store, step=2, files=files)
+        assert not parts.missed
+        assert parts.most[True] == 8
+        assert store.verify() == []
