@@ -2,7 +2,7 @@
 
 Data belongs to the epoch in its id, and only that epoch can commit it. So once the newest record has a higher epoch, data that it does
 not name never will be named, whoever is still writing it. Data of the current epoch is left alone unless it was retired: another
-rank, or a cooperating writer, may be about to commit it.
+rank, or a cooperating writer, may be about to commit it. Of what is committed, an unfinished write that could not be removed may be left.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from .naming import DATA, epoch_of, id_of_key, is_id
 from .protocol import Backend
 
 __all__ = ["Garbage", "find_garbage", "unfinished_records"]
+
+_UNFINISHED = ".partial"
+"""How keys of unfinished writes end: see `protocol`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ def find_garbage(backend: Backend, head: Head) -> Garbage:
     nbytes = 0
     for info in backend.list(DATA):
         checkpoint_id = id_of_key(info.key)
+        if checkpoint_id in kept and info.key.endswith(_UNFINISHED):  # all that it is made of was finished before its commit
+            keys.append(info.key)
+            nbytes += info.size
+            continue
         if checkpoint_id in kept or checkpoint_id in spared:
             continue
         if not is_id(checkpoint_id):
@@ -66,6 +73,8 @@ def unfinished_records(backend: Backend, head: Head) -> list[str]:
     """List leftovers in the log of writers that died: of records aimed at slots that are taken since, and of hints; and bases that no
     record names, or will."""
     needed = {key for name in bases_of(head.record) for key in base_keys(name)}
-    leftovers = (info.key for info in backend.list(LOG) if info.key.endswith((".partial", *BASE_ENDS)) and info.key not in needed)
+    leftovers = (
+        info.key for info in backend.list(LOG) if info.key.endswith((_UNFINISHED, *BASE_ENDS)) and info.key not in needed
+    )
     # A live writer that loses its leftover here has lost its slot already, or else fails to leave a hint, which does no harm.
     return [key for key in leftovers if (slot := slot_of(key)) is None or slot <= head.slot]

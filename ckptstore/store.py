@@ -196,6 +196,7 @@ class Store(Asynchronous, Distributed):
                 head = self._engine.log.head()
                 if head.slot > 1:
                     self._engine.delete_each(find_garbage(self._engine.backend, head).keys)
+                    self._engine.deleted.update(head.record.retired)  # so that the next commit forgets them
 
     def tag(self, name: str, target: str | Checkpoint) -> Checkpoint:
         """Let `name` point to a checkpoint, which retention then never removes. `target` is a name, an id or a `Checkpoint`.

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from procs import litter
 from stores import Killed, Mortal, contents, new_memory, objects, state_of, store_on, tree, write
 
 import ckptstore
@@ -1121,6 +1122,29 @@ def test_gc_leaves_alone_what_may_be_about_to_be_committed(store: Store, backend
             assert store.gc().keys == tool.gc().keys == ()
     assert folders(backend) == {kept, tx.id}
     assert store.verify() == []
+
+
+def test_jobs_that_save_once_leave_no_growing_list_of_what_is_gone(backend: Backend) -> None:
+    """Each collects what the one before has retired, and says so in its own record."""
+    for step in range(6):
+        with store_on(backend, keep_last=1) as job:
+            kept = write(job, step=step)
+        assert len(state_of(backend).retired) <= 1
+        assert folders(backend) == {kept}
+
+
+def test_gc_collects_the_unfinished_names_of_finished_files(tmp_path: Path) -> None:
+    """A file that has its name, and the disk then refused to remove the one it was written under: that would keep its data for ever."""
+    with store_on(LocalBackend(str(tmp_path)), keep_last="all") as store:
+        files = {f"{kept}/a.bin" for kept in (write(store, files={"a.bin": b"a" * 100}), write(store, files={"a.bin": b"b"}))}
+        for file in files:
+            os.link(tmp_path / "data" / file, tmp_path / "data" / f"{file}.0123456789abcdef.partial")
+        with store_on(LocalBackend(str(tmp_path)), acquire=False) as tool:
+            found = tool.gc()
+        assert set(found.keys) == {f"data/{file}.0123456789abcdef.partial" for file in files}
+        assert (found.ids, found.nbytes) == ((), 101)
+        assert store.verify() == [] and litter(store) == []
+        assert len(store.checkpoints()) == 2
 
 
 # --- who may write

@@ -61,7 +61,8 @@ def gc(args: argparse.Namespace, store: Store, out: Output) -> int:
     out.document["spared"] = list(garbage.spared)
     out.document["foreign"] = list(garbage.foreign)
     if garbage.keys:
-        what = f"{_format.plural(len(garbage.keys), 'file')} of {_format.plural(len(garbage.ids), 'unfinished or pruned checkpoint')}"
+        of = f" of {_format.plural(len(garbage.ids), 'unfinished or pruned checkpoint')}" if garbage.ids else ""
+        what = f"{_format.plural(len(garbage.keys), 'file')}{of}"
         out.say(f"deleted {_format.size(garbage.nbytes)}: {what}")
     else:
         out.say("nothing to delete")
