@@ -8,14 +8,65 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import evidence
 import pytest
 
 import ckptstore
+
+# -- the soak's evidence: see evidence.py
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--resume", action="store_true", help=f"leave out what has passed before, by the file in ${evidence.FILE}")
+
+
+_PASSED = pytest.StashKey[set[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = Path(os.environ.get(evidence.FILE, ""))
+    found = evidence.passed(file.read_text()) if config.getoption("resume") and file.is_file() else set()
+    config.stash[_PASSED] = set(getattr(config, "workerinput", {}).get("passed", found))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Let all workers of pytest-xdist leave out the same, also those that start later."""
+    node.workerinput["passed"] = sorted(node.config.stash[_PASSED])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if before := [item for item in items if item.nodeid in config.stash[_PASSED]]:
+        config.hook.pytest_deselected(items=before)
+        items[:] = [item for item in items if item not in set(before)]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    evidence.begin(item.nodeid)
+    item.stash[_OUTCOMES] = set()
+    done = yield
+    outcomes = item.stash[_OUTCOMES]
+    evidence.end(item.nodeid, next(o for o in ("failed", "skipped", "passed") if o in outcomes))
+    return done
+
+
+_OUTCOMES = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_OUTCOMES].add(report.outcome)
+    return report
+
+
+# -- what tests call
 
 
 def require(condition: object, why: str) -> None:

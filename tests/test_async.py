@@ -481,16 +481,17 @@ def test_an_interrupt_at_every_moment(stride: int) -> None:
         assert store.save_async(live, step=points, optimizer=optimizer).result().load()["p"].tolist() == parameter.tolist()
         store.tag("best", "latest")
 
-    while True:
-        fired, error = interrupt(1 + points * stride, change, then)
-        assert error is None or (fired and isinstance(error, KeyboardInterrupt)), repr(error)
-        if not fired:
-            break
-        points += 1
-    store.close()
-    gc.collect()
-    assert store.verify() == []
-    evidence.record("an interrupt at every moment", points=points, fired=points, violations=0)
+    with evidence.experiment("an interrupt at every moment") as tally:
+        while True:
+            fired, error = interrupt(1 + points * stride, change, then)
+            assert error is None or (fired and isinstance(error, KeyboardInterrupt)), repr(error)
+            if not fired:
+                break
+            points += 1
+            tally.strike()
+        store.close()
+        gc.collect()
+        assert store.verify() == []
     assert points > 200 / stride
 
 

@@ -93,23 +93,24 @@ def test_killed_with_saves_in_flight(tmp_path: Path, warm: Nursery, kills: int) 
     rng = random.Random(20261125)
     url = str(tmp_path / "store")
     newest = heard = 0
-    for kill in range(kills):
-        child = warm.start(train, url, kill)
-        messages = [child.recv()]
-        assert messages[0][0] == "resumed" and messages[0][1] >= newest
-        for _ in range(rng.randrange(1, 4)):
-            messages.append(child.recv())
-        time.sleep(rng.uniform(0, 0.05))
-        messages += child.kill()
-        durable = [m[1] for m in messages if m[0] == "durable"]
-        heard += len(durable)
-        newest = max([newest, *durable])
-        with Store(url) as store:
-            assert store.checkpoint().step is not None and store.checkpoint().step >= newest, "an acknowledged save is lost"
-            for checkpoint in store:
-                assert checkpoint.step is not None
-                check(checkpoint.load(), checkpoint.step)
-            assert store.verify() == []
-            newest = store.checkpoint().step
-    evidence.record("kill -9 with saves in the background", points=kills, fired=kills, violations=0)
+    with evidence.experiment("kill -9 with saves in the background") as tally:
+        for kill in range(kills):
+            tally.strike()
+            child = warm.start(train, url, kill)
+            messages = [child.recv()]
+            assert messages[0][0] == "resumed" and messages[0][1] >= newest
+            for _ in range(rng.randrange(1, 4)):
+                messages.append(child.recv())
+            time.sleep(rng.uniform(0, 0.05))
+            messages += child.kill()
+            durable = [m[1] for m in messages if m[0] == "durable"]
+            heard += len(durable)
+            newest = max([newest, *durable])
+            with Store(url) as store:
+                assert store.checkpoint().step is not None and store.checkpoint().step >= newest, "an acknowledged save is lost"
+                for checkpoint in store:
+                    assert checkpoint.step is not None
+                    check(checkpoint.load(), checkpoint.step)
+                assert store.verify() == []
+                newest = store.checkpoint().step
     assert heard > kills

@@ -59,26 +59,27 @@ def test_power_cut_after_every_call(ram: Path, warm: Nursery, kind: str, stride:
         child = warm.start(keep_house, place(folder))
         child.expect("ready")
         calls = calls_of(child, Path(place(folder)))
-    fired = 0
-    found = {}
-    for call in calls[::stride]:
-        disk = start.copy(ram / "disk")
-        possible = Possible.of(dict(names))
-        with disk.plugged_in() as folder:
-            child = warm.start(keep_house, place(folder))
-            child.expect("ready")
-            happened, said = cut(disk, child, call)
-        for message in said:
-            possible.hear(message)
-        with disk.plugged_in() as folder:
-            possible.check(place(folder))
-        fired += happened
-        if possible.violations:
-            found[call] = possible.violations
     points = len(calls[::stride])
-    evidence.record(f"power cut after every system call, {kind}", points=points, fired=fired, violations=len(found))
+    found = {}
+    with evidence.experiment(f"power cut after every system call, {kind}") as tally:
+        tally.points = points
+        for call in calls[::stride]:
+            disk = start.copy(ram / "disk")
+            possible = Possible.of(dict(names))
+            with disk.plugged_in() as folder:
+                child = warm.start(keep_house, place(folder))
+                child.expect("ready")
+                happened, said = cut(disk, child, call)
+            for message in said:
+                possible.hear(message)
+            with disk.plugged_in() as folder:
+                possible.check(place(folder))
+            tally.fired += happened
+            if possible.violations:
+                found[call] = possible.violations
+                tally.violations += 1
     assert found == {}
-    assert fired > 0.9 * points
+    assert tally.fired > 0.9 * points
 
 
 @pytest.mark.soak
@@ -119,21 +120,22 @@ def test_stopped_after_every_call_and_continued_later(ram: Path, warm: Nursery, 
     child = warm.start(keep_house, str(ram / "store"), True)
     child.expect("ready")
     calls = calls_of(child, ram / "store")
-    fired = 0
-    found = {}
-    for call in calls[::stride]:
-        shutil.rmtree(ram / "store")
-        shutil.copytree(ram / "grown", ram / "store")
-        child = warm.start(keep_house, str(ram / "store"), True)
-        child.expect("ready")
-        happened, violations = overtaken(child, str(ram / "store"), call)
-        fired += happened
-        if violations:
-            found[call] = violations
     points = len(calls[::stride])
-    evidence.record("an old job stops after every system call", points=points, fired=fired, violations=len(found))
+    found = {}
+    with evidence.experiment("an old job stops after every system call") as tally:
+        tally.points = points
+        for call in calls[::stride]:
+            shutil.rmtree(ram / "store")
+            shutil.copytree(ram / "grown", ram / "store")
+            child = warm.start(keep_house, str(ram / "store"), True)
+            child.expect("ready")
+            happened, violations = overtaken(child, str(ram / "store"), call)
+            tally.fired += happened
+            if violations:
+                found[call] = violations
+                tally.violations += 1
     assert found == {}
-    assert fired > 0.9 * points
+    assert tally.fired > 0.9 * points
 
 
 def continued(child: Child, strace: Strace) -> None:

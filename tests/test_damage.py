@@ -100,16 +100,17 @@ def test_every_flipped_bit_of_a_checkpoint(root: Path, file: str, bits: Callable
     newest = ids(root)[-1]
     path = root / "data" / newest / file
     data = path.read_bytes()
-    for i, bit in enumerate(bits(data)):
-        with changed(path, flipped(data, bit)):
-            assert falls_back(root) == 1
-            if i % 8 == 0:
-                with pytest.raises(Damaged):
-                    loaded(root, newest)
-                found = Store(root).verify()
-                assert [(d.id, d.path) for d in found] == [(newest, "" if file == "manifest.json" else file)]
-    assert loaded(root) == 2
-    evidence.record("rot: a flipped bit", points=i + 1, fired=i + 1, violations=0)
+    with evidence.experiment("rot: a flipped bit") as tally:
+        for i, bit in enumerate(bits(data)):
+            tally.strike()
+            with changed(path, flipped(data, bit)):
+                assert falls_back(root) == 1
+                if i % 8 == 0:
+                    with pytest.raises(Damaged):
+                        loaded(root, newest)
+                    found = Store(root).verify()
+                    assert [(d.id, d.path) for d in found] == [(newest, "" if file == "manifest.json" else file)]
+        assert loaded(root) == 2
 
 
 @pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
@@ -117,15 +118,16 @@ def test_every_shorter_and_some_longer_lengths_of_a_checkpoint(root: Path, file:
     newest = ids(root)[-1]
     path = root / "data" / newest / file
     data = path.read_bytes()
-    for i, other in enumerate((data + b"\0", data + b"\n", data * 2, *(data[:n] for n in range(len(data))))):
-        with changed(path, other):
-            with pytest.raises(Damaged):
-                loaded(root, newest)
-            if i % 8 == 0:
-                assert falls_back(root) == 1
-                assert [d.id for d in Store(root).verify()] == [newest]
-    assert loaded(root) == 2
-    evidence.record("rot: a file of another length", points=i + 1, fired=i + 1, violations=0)
+    with evidence.experiment("rot: a file of another length") as tally:
+        for i, other in enumerate((data + b"\0", data + b"\n", data * 2, *(data[:n] for n in range(len(data))))):
+            tally.strike()
+            with changed(path, other):
+                with pytest.raises(Damaged):
+                    loaded(root, newest)
+                if i % 8 == 0:
+                    assert falls_back(root) == 1
+                    assert [d.id for d in Store(root).verify()] == [newest]
+        assert loaded(root) == 2
 
 
 def damaged_versions(data: bytes) -> Iterator[bytes]:
@@ -140,23 +142,25 @@ def test_every_damage_to_the_newest_record(root: Path, every: int) -> None:
     """All of it is found. Of each store with such a record (one in `every`) the record before serves, loudly, and nobody but the next
     owner may build on it."""
     path = root / slot_key(3)
-    for i, data in enumerate(damaged_versions(path.read_bytes())):
-        with pytest.raises(DamagedRecord):
-            decode(data, 3)
-        if i % every:
-            continue
-        with changed(path, data):
-            with pytest.warns(FallbackWarning, match="commit record 3 is damaged.*using commit record 2"):
-                assert Store(root).checkpoint().step == 1
-            if i % (20 * every) == 0:
-                with pytest.warns(FallbackWarning):
-                    assert loaded(root) == 1
-                assert "commit record 3" in Store(root).verify()[0].reason
-                for call in (Store.gc, Store.prune, lambda s: s.tag("x", "latest"), lambda s: write(s)):
-                    with pytest.raises(DamagedRecord), warnings.catch_warnings():
-                        warnings.simplefilter("ignore", FallbackWarning)
-                        call(Store(root, acquire=False))
-    assert loaded(root) == 2
+    with evidence.experiment("rot: a damaged record") as tally:
+        for i, data in enumerate(damaged_versions(path.read_bytes())):
+            tally.strike()
+            with pytest.raises(DamagedRecord):
+                decode(data, 3)
+            if i % every:
+                continue
+            with changed(path, data):
+                with pytest.warns(FallbackWarning, match="commit record 3 is damaged.*using commit record 2"):
+                    assert Store(root).checkpoint().step == 1
+                if i % (20 * every) == 0:
+                    with pytest.warns(FallbackWarning):
+                        assert loaded(root) == 1
+                    assert "commit record 3" in Store(root).verify()[0].reason
+                    for call in (Store.gc, Store.prune, lambda s: s.tag("x", "latest"), lambda s: write(s)):
+                        with pytest.raises(DamagedRecord), warnings.catch_warnings():
+                            warnings.simplefilter("ignore", FallbackWarning)
+                            call(Store(root, acquire=False))
+        assert loaded(root) == 2
 
 
 @pytest.mark.parametrize("n", [1, 2])

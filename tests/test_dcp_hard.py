@@ -91,20 +91,21 @@ def test_whatever_a_disk_keeps_of_two_ranks_after_a_power_cut(tmp_path: Path, st
     rng = random.Random(5)
     seen = set()
     numbers = itertools.count()
-    for at in [*range(0, len(history.operations), stride), len(history.operations)]:
-        acknowledged = max((step for step, (_, end) in enumerate(marks, 1) if end <= at), default=None)
-        begun_step = max((step for step, (start, _) in enumerate(marks, 1) if start < at), default=None)
-        for tree in crash_states(history, at, most, rng):
-            key = hash((acknowledged, begun_step, tuple(sorted(tree.items()))))
-            if key in seen:
-                continue
-            seen.add(key)
-            disk = tmp_path / str(next(numbers))
-            build(tree, disk)
-            assert step_of(disk / "run") in (acknowledged, begun_step)
-            shutil.rmtree(disk)
+    with evidence.experiment("crash states of a distributed save") as tally:
+        for at in [*range(0, len(history.operations), stride), len(history.operations)]:
+            acknowledged = max((step for step, (_, end) in enumerate(marks, 1) if end <= at), default=None)
+            begun_step = max((step for step, (start, _) in enumerate(marks, 1) if start < at), default=None)
+            for tree in crash_states(history, at, most, rng):
+                key = hash((acknowledged, begun_step, tuple(sorted(tree.items()))))
+                if key in seen:
+                    continue
+                seen.add(key)
+                tally.strike()
+                disk = tmp_path / str(next(numbers))
+                build(tree, disk)
+                assert step_of(disk / "run") in (acknowledged, begun_step)
+                shutil.rmtree(disk)
     print(f"{len(history.operations)} operations, {len(seen)} states")
-    evidence.record("crash states of a distributed save", points=len(seen), fired=len(seen), violations=0)
     assert len(seen) > 200 // stride
 
 
@@ -125,28 +126,29 @@ def test_killed_at_any_moment_and_started_again(ranks: Ranks, tmp_path: Path, ro
     url = str(tmp_path / "run")
     dice = random.Random(rounds)
     acknowledged = 0
-    for _ in range(rounds):
-        world = dice.choice([2, 4])
-        children = ranks.start(work.save_for_ever, world, url)
-        assert {child.expect("resumed")[0] >= acknowledged for child in children} == {True}
-        for _ in range(dice.randint(0, 2)):
-            acknowledged = max(acknowledged, children[0].expect("saved")[0])
-        victim = dice.randrange(world)
-        if dice.random() < 0.7:
-            time.sleep(dice.random() * 0.05)  # at any moment: no event tells it
-        said = children[victim].kill()
-        for child in children:
-            said += child.rest() if child is not children[victim] else []
-        acknowledged = max([acknowledged, *(message[1] for message in said if message[0] == "saved")])
-    with Store(url) as store:
-        store.acquire()
-        found = store.checkpoint()
-        assert found.step is not None
-        assert found.step >= acknowledged
-        assert store.verify() == []
-        store.gc()
-        assert litter(store) == []
-    evidence.record("a rank of a distributed save killed at any moment", points=rounds, fired=rounds, violations=0)
+    with evidence.experiment("a rank of a distributed save killed at any moment") as tally:
+        for _ in range(rounds):
+            tally.strike()
+            world = dice.choice([2, 4])
+            children = ranks.start(work.save_for_ever, world, url)
+            assert {child.expect("resumed")[0] >= acknowledged for child in children} == {True}
+            for _ in range(dice.randint(0, 2)):
+                acknowledged = max(acknowledged, children[0].expect("saved")[0])
+            victim = dice.randrange(world)
+            if dice.random() < 0.7:
+                time.sleep(dice.random() * 0.05)  # at any moment: no event tells it
+            said = children[victim].kill()
+            for child in children:
+                said += child.rest() if child is not children[victim] else []
+            acknowledged = max([acknowledged, *(message[1] for message in said if message[0] == "saved")])
+        with Store(url) as store:
+            store.acquire()
+            found = store.checkpoint()
+            assert found.step is not None
+            assert found.step >= acknowledged
+            assert store.verify() == []
+            store.gc()
+            assert litter(store) == []
 
 
 @pytest.mark.soak

@@ -94,15 +94,16 @@ def test_something_happens_at_some_calls(ram: Path, warm: Nursery, grown: Path, 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_it_happens_at_every_call(ram: Path, warm: Nursery, grown: Path, calls: list[Call], fault: str) -> None:
     found = {}
-    fired = 0
-    for call in calls:
-        happened, violations = strike(warm, grown, ram / "store", call, fault)
-        fired += happened
-        if violations:
-            found[call] = violations
-    evidence.record(f"{fault} at every system call", points=len(calls), fired=fired, violations=len(found))
+    with evidence.experiment(f"{fault} at every system call") as tally:
+        tally.points = len(calls)
+        for call in calls:
+            happened, violations = strike(warm, grown, ram / "store", call, fault)
+            tally.fired += happened
+            if violations:
+                found[call] = violations
+                tally.violations += 1
     assert found == {}
-    assert fired > 0.9 * len(calls)
+    assert tally.fired > 0.9 * len(calls)
 
 
 # -- the others

@@ -72,17 +72,16 @@ def test_it_happens_to_each_request(side: Side, service: str, name: str, kind: s
 
 
 def _matrix(side: Side, service: str, name: str, kind: str, what: Kind, *, newer: bool = False) -> None:
-    fired = 0
     violations = []
-    with closing(World(side)) as world:
-        points = sum(map(what.applies, requests_of(world, OPERATIONS[name])))
-        for nth in range(1, points + 1):
+    label = f"{service}: {kind}{' and after a newer commit' if newer else ''} at every request"
+    with evidence.experiment(label) as tally, closing(World(side)) as world:
+        tally.points = sum(map(what.applies, requests_of(world, OPERATIONS[name])))
+        for nth in range(1, tally.points + 1):
             tried = strike(world, OPERATIONS[name], nth, what, newer=newer)
-            fired += tried.fired
-            violations += [(name, nth, kind, tried.violations)] if tried.fired and tried.violations else []
+            tally.fired += tried.fired
+            if tried.fired and tried.violations:
+                violations.append((name, nth, kind, tried.violations))
+                tally.violations += 1
         world.check_all()
-    if points:
-        label = f"{service}: {kind}{' and after a newer commit' if newer else ''} at every request"
-        evidence.record(label, points=points, fired=fired, violations=len(violations))
     assert violations == []
-    assert fired >= points / 2
+    assert tally.fired >= tally.points / 2

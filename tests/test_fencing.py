@@ -187,31 +187,32 @@ def saving_job(channel: Channel, url: str) -> None:
 def test_stopped_at_any_moment(tmp_path: Path, warm: Nursery, rounds: int) -> None:
     rng = random.Random(2)
     url = str(tmp_path / "store")
-    for _ in range(rounds):
-        old = warm.start(saving_job, url)
-        for _ in range(rng.randint(1, 3)):
-            [acknowledged] = old.expect("saved")
-        time.sleep(rng.uniform(0, 0.015))
-        old.stop()
-        new = Store(url)
-        new.acquire()
-        taken_over = new.checkpoint().id
-        if rng.random() < 0.5:
+    with evidence.experiment("an old job stops at random moments") as tally:
+        for _ in range(rounds):
+            tally.strike()
+            old = warm.start(saving_job, url)
+            for _ in range(rng.randint(1, 3)):
+                [acknowledged] = old.expect("saved")
+            time.sleep(rng.uniform(0, 0.015))
+            old.stop()
+            new = Store(url)
+            new.acquire()
+            taken_over = new.checkpoint().id
+            if rng.random() < 0.5:
+                put(new)
+            names = new.names()
+            old.proceed()
+            messages = old.rest()
+            assert messages[-1] == ["fenced"]
+            acknowledged = [acknowledged, *(message[1] for message in messages[:-1])][-1]
+            # It may have been stopped between its commit and saying so, or between the commit and hearing of it: never the other way round.
+            assert taken_over == acknowledged
+            assert new.names() == Store(url).names() == names
             put(new)
-        names = new.names()
-        old.proceed()
-        messages = old.rest()
-        assert messages[-1] == ["fenced"]
-        acknowledged = [acknowledged, *(message[1] for message in messages[:-1])][-1]
-        # It may have been stopped between its commit and saying so, or between the commit and hearing of it: never the other way round.
-        assert taken_over == acknowledged
-        assert new.names() == Store(url).names() == names
-        put(new)
-        new.gc()
-        assert new.verify() == []
-        assert litter(new) == []
-        new.close()
-    evidence.record("an old job stops at random moments", points=rounds, fired=rounds, violations=0)
+            new.gc()
+            assert new.verify() == []
+            assert litter(new) == []
+            new.close()
 
 
 # -- ranks of one launch share an epoch

@@ -254,9 +254,11 @@ def plant(path: Path, kind: str, outside: Path) -> None:
 def test_a_store_with_something_planted_anywhere(place: Path, tmp_path: Path, stride: int) -> None:
     spots = sorted(str(path.relative_to(place)) for path in (place / "store").rglob("*"))
     cases = [(spot, kind) for spot in spots for kind in KINDS][::stride]
-    for spot, kind in cases:
-        all_in_the_root(place, tmp_path / "work", lambda work, s=spot, k=kind: plant(work / s, k, work / "outside"))  # type: ignore[misc]
-    evidence.record("links and the like planted in a store", points=len(cases), fired=len(cases), violations=0)
+    with evidence.experiment("links and the like planted in a store") as tally:
+        tally.points = len(cases)
+        for spot, kind in cases:
+            tally.strike()
+            all_in_the_root(place, tmp_path / "work", lambda work, s=spot, k=kind: plant(work / s, k, work / "outside"))  # type: ignore[misc]
     assert len(cases) > 100 // stride
 
 
@@ -338,7 +340,7 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int) ->
 @amounts(300, 20_000)
 def test_programs_of_a_pickle(examples: int) -> None:
     """Well-formed pickles of all that torch lets a file call, with any arguments: in bounded memory, a result or an error with a type."""
-    out = in_child(f"""
+    code = f"""
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 import json, random, warnings
 from torch import _weights_only_unpickler
@@ -393,9 +395,11 @@ for _ in range({examples}):
         kind = "torch's error"
     counts[kind] = counts.get(kind, 0) + 1
 print(json.dumps(counts))
-""")
+"""
+    with evidence.experiment("hostile pickles") as tally:
+        tally.points = tally.fired = examples
+        out = in_child(code)
     counts = json.loads(out)
     print(counts)
-    evidence.record("hostile pickles", points=examples, fired=examples, violations=0)
     assert sum(counts.values()) == examples
     assert min(counts["loaded"], counts["refused"]) > examples // 50

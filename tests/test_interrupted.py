@@ -76,22 +76,23 @@ def test_signals_that_raise_at_random_moments(tmp_path: Path, saving: Nursery, t
     url = str(tmp_path / "store")
     ledger = Ledger()
     stopped = 0
-    for n in range(1, times + 1):
-        child = saving.start(interrupted, url, n)
-        child.expect("ready")
-        for _ in range(rng.randrange(1, 8)):
-            ledger.hear(child.recv())
-        threading.Event().wait(rng.random() * 0.01)
-        child.signal(rng.choice([signal.SIGINT, signal.SIGTERM]))
-        for message in child.rest():
-            stopped += message == ["stopped"]
-            ledger.hear(message)
-        ledger.check(url)
-        with Store(url) as store:
-            store.acquire()  # what may have been committed is litter only once it never can be
-            store.gc()
-            assert not litter(store)
-    evidence.record("signals at random moments of a save", points=times, fired=stopped, violations=0)
+    with evidence.experiment("signals at random moments of a save") as tally:
+        for n in range(1, times + 1):
+            child = saving.start(interrupted, url, n)
+            child.expect("ready")
+            for _ in range(rng.randrange(1, 8)):
+                ledger.hear(child.recv())
+            threading.Event().wait(rng.random() * 0.01)
+            child.signal(rng.choice([signal.SIGINT, signal.SIGTERM]))
+            for message in child.rest():
+                stopped += message == ["stopped"]
+                ledger.hear(message)
+            ledger.check(url)
+            with Store(url) as store:
+                store.acquire()  # what may have been committed is litter only once it never can be
+                store.gc()
+                assert not litter(store)
+        tally.points, tally.fired = times, stopped
     assert stopped == times
 
 
@@ -182,32 +183,33 @@ def test_an_interrupt_at_every_moment(fast: Path, what: str, stride: int) -> Non
         save_parts(store, "latest", 0)
     store = Store(place, owner="job", keep_last=1)
     points = 0
-    for step in itertools.count(1):
-        before = store.names()
-        if what == "acquire":
-            store.close()
-            place = shutil.copytree(fast / "store", fast / str(step))
-            store = Store(place, owner="job")
-        change = partial(LIFE[what], store, step)
-        fired, error = interrupt(1 + points * stride, change, partial(save_parts, store, "next", step))
-        assert error is None or (fired and isinstance(error, KeyboardInterrupt)), repr(error)
-        with Store(place, acquire=False) as found:
-            assert found.verify() == []
-            names = found.names()
-            assert found.checkpoint("next").step == step
-            for name, there in before.items():
-                if names[name] != there and name != "next":
-                    assert name == ("best" if what == "tag" else "latest")
-                    assert found.checkpoint(name).step == (store.checkpoint("latest").step if what == "tag" else step)
-        if not fired:
-            break
-        points += 1
-    store.close()
-    with Store(place, owner="last") as store:
-        store.acquire()
-        store.gc()
-        assert not litter(store)
-    evidence.record("an interrupt at every moment", points=points, fired=points, violations=0)
+    with evidence.experiment("an interrupt at every moment") as tally:
+        for step in itertools.count(1):
+            before = store.names()
+            if what == "acquire":
+                store.close()
+                place = shutil.copytree(fast / "store", fast / str(step))
+                store = Store(place, owner="job")
+            change = partial(LIFE[what], store, step)
+            fired, error = interrupt(1 + points * stride, change, partial(save_parts, store, "next", step))
+            assert error is None or (fired and isinstance(error, KeyboardInterrupt)), repr(error)
+            with Store(place, acquire=False) as found:
+                assert found.verify() == []
+                names = found.names()
+                assert found.checkpoint("next").step == step
+                for name, there in before.items():
+                    if names[name] != there and name != "next":
+                        assert name == ("best" if what == "tag" else "latest")
+                        assert found.checkpoint(name).step == (store.checkpoint("latest").step if what == "tag" else step)
+            if not fired:
+                break
+            points += 1
+            tally.strike()
+        store.close()
+        with Store(place, owner="last") as store:
+            store.acquire()
+            store.gc()
+            assert not litter(store)
     assert points > 200 / stride
 
 

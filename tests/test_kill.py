@@ -172,18 +172,19 @@ def test_killed_at_any_moment(tmp_path: Path, warm: Nursery, kills: int) -> None
     url = str(tmp_path / "store")
     ledger = Ledger()
     usual = 0.02  # seconds from one acknowledgement to the next, learnt on the way
-    for kill in range(kills):
-        child = warm.start(train, url, kill)
-        if rng.random() < 0.2:  # while it starts, resumes and collects
-            time.sleep(rng.uniform(0, 0.06))
-        else:
-            assert child.expect("resumed") == [ledger.names.get("latest")]
-            usual = 0.9 * usual + 0.1 * await_acknowledgements(child, ledger, rng.randint(1, 4))
-            time.sleep(rng.uniform(0, 1.5 * usual))
-        for message in child.kill():
-            ledger.hear(message)
-        ledger.check(url)
-    evidence.record("killed at random moments", points=kills, fired=kills, violations=0)
+    with evidence.experiment("killed at random moments") as tally:
+        for kill in range(kills):
+            tally.strike()
+            child = warm.start(train, url, kill)
+            if rng.random() < 0.2:  # while it starts, resumes and collects
+                time.sleep(rng.uniform(0, 0.06))
+            else:
+                assert child.expect("resumed") == [ledger.names.get("latest")]
+                usual = 0.9 * usual + 0.1 * await_acknowledgements(child, ledger, rng.randint(1, 4))
+                time.sleep(rng.uniform(0, 1.5 * usual))
+            for message in child.kill():
+                ledger.hear(message)
+            ledger.check(url)
     assert ledger.done > kills
     assert ledger.cut_short > kills // 3
     assert ledger.unsaid > 0

@@ -229,22 +229,21 @@ def test_power_cut_at_any_step(ram: Path, warm: Nursery, kind: str, mode: int, s
         for step in range(2, 12):
             save_parts(store, "latest", step)
         names = dict(store.names())
-    points = fired = 0
-    for start, known, seed in ((empty, {}, 3), (grown, names, 5)):
-        for at in count(1, stride):
-            ledger = Ledger()
-            ledger.names = {**known}
-            disk = start.copy(ram / "disk")
-            ended = live_and_die(warm, ledger, disk, seed, at, mode)
-            with disk.plugged_in() as folder:
-                ledger.check(place(folder))
-                go_on(place(folder))
-            points += 1
-            fired += not ended
-            if ended:
-                break
-        assert at > 100
-    evidence.record(f"power cut before every change, {kind}", points=points, fired=fired, violations=0)
+    with evidence.experiment(f"power cut before every change, {kind}") as tally:
+        for start, known, seed in ((empty, {}, 3), (grown, names, 5)):
+            for at in count(1, stride):
+                ledger = Ledger()
+                ledger.names = {**known}
+                disk = start.copy(ram / "disk")
+                ended = live_and_die(warm, ledger, disk, seed, at, mode)
+                with disk.plugged_in() as folder:
+                    ledger.check(place(folder))
+                    go_on(place(folder))
+                tally.points += 1
+                tally.fired += not ended
+                if ended:
+                    break
+            assert at > 100
 
 
 def go_on(url: str) -> None:
@@ -262,11 +261,12 @@ def test_many_power_cuts_of_one_disk(ram: Path, warm: Nursery, kind: str, cuts: 
     rng = random.Random(f"{kind} 20261123")
     disk = Disk.new(kind, ram / "disk")
     ledger = Ledger()
-    for seed in range(cuts):
-        live_and_die(warm, ledger, disk, seed, rng.randint(1, 150), rng.choice((LOG_FLUSHED, NOTHING_FLUSHED)))
-        with disk.plugged_in() as folder:
-            ledger.check(place(folder))
-    evidence.record(f"power cuts of one disk at random moments, {kind}", points=cuts, fired=cuts, violations=0)
+    with evidence.experiment(f"power cuts of one disk at random moments, {kind}") as tally:
+        for seed in range(cuts):
+            tally.strike()
+            live_and_die(warm, ledger, disk, seed, rng.randint(1, 150), rng.choice((LOG_FLUSHED, NOTHING_FLUSHED)))
+            with disk.plugged_in() as folder:
+                ledger.check(place(folder))
     assert ledger.done > cuts // 4
     assert ledger.cut_short > cuts // 3
 
@@ -356,26 +356,26 @@ def settle_in(grown: Path, disk: Path) -> Ledger:
 @SMALL
 @pytest.mark.parametrize("stride", [pytest.param(13, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
 def test_disk_full_at_any_step(ram: Path, grown: Path, kind: str, stride: int) -> None:
-    refused = tried = 0
-    for at in count(1, stride):
-        tried += 1
-        with small_disk(ram, kind) as disk:
-            ledger = settle_in(grown, disk)
-            with Store(place(disk), keep_last=1) as store:
-                with striking(at, partial(fill, disk)) as steps:
-                    errors = try_everything(store, ledger)
-                assert {type(e) for _, e in errors} <= {StorageFull}
-                refused += bool(errors)
+    refused = 0
+    with evidence.experiment("disk full before every change") as tally:
+        for at in count(1, stride):
+            tally.strike()
+            with small_disk(ram, kind) as disk:
+                ledger = settle_in(grown, disk)
+                with Store(place(disk), keep_last=1) as store:
+                    with striking(at, partial(fill, disk)) as steps:
+                        errors = try_everything(store, ledger)
+                    assert {type(e) for _, e in errors} <= {StorageFull}
+                    refused += bool(errors)
+                    ledger.check(place(disk))
+                    store.gc()  # needs no space
+                    assert not litter(store)
+                    empty(disk)
+                    assert try_everything(store, ledger) == []
+                    assert not litter(store)
                 ledger.check(place(disk))
-                store.gc()  # needs no space
-                assert not litter(store)
-                empty(disk)
-                assert try_everything(store, ledger) == []
-                assert not litter(store)
-            ledger.check(place(disk))
-        if not steps.struck:
-            break
-    evidence.record("disk full before every change", points=tried, fired=tried, violations=0)
+            if not steps.struck:
+                break
     assert refused >= 4
 
 
@@ -454,32 +454,31 @@ def test_disk_turns_read_only_at_any_step(ram: Path, grown: Path, stride: int) -
     with start.plugged_in() as folder:
         names = settle_in(grown, folder).names
     met = set()
-    tried = 0
-    for at in count(1, stride):
-        tried += 1
-        ledger = Ledger()
-        ledger.names = {**names}
-        disk = start.copy(ram / "disk")
-        with disk.plugged_in() as folder:
-            with Store(place(folder), keep_last=1) as store, striking(at, disk.fail) as steps:
-                errors = try_everything(store, ledger)
-            copy.deepcopy(ledger).check(place(folder))
-        with disk.plugged_in() as folder:
-            before = {**ledger.names}
-            ledger.check(place(folder))
-            with Store(place(folder)) as store:
-                for name, error in errors:
-                    if name and isinstance(error, CommitUnknown):
-                        try:
-                            assert store.resolve(error) == (ledger.names != before)
-                        except CommitUnknown:  # it is there, and no flush of it ever succeeded: only saving again makes sure
-                            assert error.durable is False
-                            assert ledger.names != before
-            go_on(place(folder))
-        met |= {type(error) for _, error in errors}
-        if not steps.struck:
-            break
-    evidence.record("disk turns read-only before every change", points=tried, fired=tried, violations=0)
+    with evidence.experiment("disk turns read-only before every change") as tally:
+        for at in count(1, stride):
+            tally.strike()
+            ledger = Ledger()
+            ledger.names = {**names}
+            disk = start.copy(ram / "disk")
+            with disk.plugged_in() as folder:
+                with Store(place(folder), keep_last=1) as store, striking(at, disk.fail) as steps:
+                    errors = try_everything(store, ledger)
+                copy.deepcopy(ledger).check(place(folder))
+            with disk.plugged_in() as folder:
+                before = {**ledger.names}
+                ledger.check(place(folder))
+                with Store(place(folder)) as store:
+                    for name, error in errors:
+                        if name and isinstance(error, CommitUnknown):
+                            try:
+                                assert store.resolve(error) == (ledger.names != before)
+                            except CommitUnknown:  # it is there, and no flush of it ever succeeded: only saving again makes sure
+                                assert error.durable is False
+                                assert ledger.names != before
+                go_on(place(folder))
+            met |= {type(error) for _, error in errors}
+            if not steps.struck:
+                break
     assert PermissionDenied in met
 
 

@@ -58,16 +58,17 @@ def run(configs: dict[str, Config]) -> None:
     kinds: Counter[tuple[str, str]] = Counter()
     outcomes: Counter[tuple[str, str]] = Counter()
     states = steps = 0
-    for name, config in configs.items():
-        found = explore(config)
-        assert not found.violation, f"{name}:\n{found.told()}"
-        states, steps = states + found.states, steps + found.steps
-        kinds += found.kinds
-        outcomes += found.outcomes
+    with evidence.experiment("protocol model: states") as tally:
+        for name, config in configs.items():
+            found = explore(config)
+            tally.fired += found.states
+            assert not found.violation, f"{name}:\n{found.told()}"
+            states, steps = states + found.states, steps + found.steps
+            kinds += found.kinds
+            outcomes += found.outcomes
     faults = {kind: n for kind, n in kinds.items() if kind[1] in FAULTS or kind[0] == "restarts"}
     row = {"experiment": "protocol model", "states": states, "steps": steps, "kinds of fault": len(faults)}
     print(json.dumps({**row, "faults fired": sum(faults.values()), "violations": 0}))
-    evidence.record("protocol model: states", points=states, fired=states, violations=0)
     for outcome in ("done", "failed", "unknown", "fenced"):
         assert outcomes["save", outcome], "the search was too small to show anything"
 
@@ -96,11 +97,15 @@ def test_a_mistake_is_found(bug: str) -> None:
 def test_the_code_does_what_the_model_says(rounds: int) -> None:
     rng = random.Random(5)
     seen: Counter[tuple[str, str]] = Counter()
-    steps = sum(walk(config, rng, seen) for _ in range(rounds) for config in LED)
-    faults = {kind: n for kind, n in seen.items() if kind[1] in FAULTS or kind[0] == "restarts"}
+    steps = 0
+    with evidence.experiment("the code beside the model: steps with a fault") as tally:
+        for _ in range(rounds):
+            for config in LED:
+                steps += walk(config, rng, seen)
+        faults = {kind: n for kind, n in seen.items() if kind[1] in FAULTS or kind[0] == "restarts"}
+        tally.points, tally.fired = steps, sum(faults.values())
     row = {"experiment": "code beside the model", "walks": rounds * len(LED), "steps": steps, "kinds of fault": len(faults)}
-    print(json.dumps({**row, "faults fired": sum(faults.values()), "violations": 0}))
-    evidence.record("the code beside the model: steps with a fault", points=steps, fired=sum(faults.values()), violations=0)
+    print(json.dumps({**row, "faults fired": tally.fired, "violations": 0}))
     assert {kind[0] for kind in seen} >= {
         "look take",
         "put",

@@ -119,15 +119,15 @@ def test_an_old_job_hangs_at_a_request(side: Side, service: str) -> None:  # noq
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CHANGING)
 def test_an_old_job_hangs_at_any_request(side: Side, service: str, name: str, way: str) -> None:  # noqa: F811
-    fired = 0
     found = []
-    with closing(World(side)) as world:
-        points = len(requests_of(world, OPERATIONS[name]))
+    with evidence.experiment(f"{service}: an old job hangs at every request") as tally, closing(World(side)) as world:
+        points = tally.points = len(requests_of(world, OPERATIONS[name]))
         for nth in range(1, points + 1):
             outcome = hang(world, OPERATIONS[name], nth, WAYS[way])
-            fired += outcome.fired
-            found += [(name, nth, outcome.violations)] if outcome.fired and outcome.violations else []
+            tally.fired += outcome.fired
+            if outcome.fired and outcome.violations:
+                found.append((name, nth, outcome.violations))
+                tally.violations += 1
         world.check_all()
-    evidence.record(f"{service}: an old job hangs at every request", points=points, fired=fired, violations=len(found))
     assert found == []
-    assert fired > points / 2
+    assert tally.fired > points / 2
