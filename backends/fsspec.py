@@ -73,19 +73,38 @@ def protocols() -> list[str]:
 
 
 def backend_for(scheme: str) -> type[FsspecBackend] | None:
-    """Return the backend for a URL scheme, None if fsspec has no such protocol, or one that only wraps others (caches).
+    """Return the backend for a URL scheme, None if fsspec has no such protocol.
 
     Raises:
-        ImportError: a package is missing; says which.
+        ImportError: a package is missing, or its import fails; says in one line which.
+        InvalidURL: the protocol only wraps others (caches).
     """
     import fsspec
     from fsspec.implementations.chained import ChainedFileSystem
 
     name = _NAMES.get(scheme, scheme.removeprefix("fsspec+"))
-    if name not in fsspec.available_protocols() or issubclass(fsspec.get_filesystem_class(name), ChainedFileSystem):
+    if name not in fsspec.available_protocols():
         return None
+    try:
+        implementation = fsspec.get_filesystem_class(name)
+    except (ImportError, AttributeError) as exc:  # the latter: a package of another version
+        raise ImportError(_missing(name, exc)) from exc
+    if issubclass(implementation, ChainedFileSystem):
+        raise InvalidURL(f"{scheme}:// only wraps other protocols of fsspec; name the storage itself")
     options = {option: text for option, (protocols, text) in _OPTIONS.items() if name in protocols}
     return type("FsspecBackend", (FsspecBackend,), {"scheme": scheme, "protocol": name, "options": options})
+
+
+def _missing(name: str, exc: Exception) -> str:
+    """Say what to install for a protocol, by fsspec's own hint where it has one, and why its import failed."""
+    from fsspec.registry import known_implementations
+
+    known = known_implementations.get(name, {})
+    hint = known.get("err", "")
+    if not hint or "EntryPoint(" in hint:  # what fsspec says of all that other packages have registered
+        package = known.get("class", name).partition(".")[0].partition(":")[0]
+        hint = f"install {package}, or mend it if it is there"
+    return " ".join(f"{hint} ({exc.__cause__ or exc})".split())
 
 
 class FsspecBackend:

@@ -24,8 +24,10 @@ _EXTRAS = {
     "abfs": "azure",
     "abfss": "azure",
     "az": "azure",
+    "gcs": "gcs",
     "gs": "gcs",
     "s3": "s3",
+    "s3a": "s3fs",
     "s3fs": "s3fs",
     "sftp": "sftp",
     "ssh": "sftp",
@@ -71,6 +73,8 @@ def _of_fsspec(scheme: str) -> type[Backend]:
         found: type[Backend] | None = fsspec.backend_for(scheme)
     except ImportError as exc:
         raise UnknownScheme(f"{scheme}:// needs a package that is not there: {exc}{_install(scheme)}") from exc
+    if found is None and scheme in _EXTRAS:  # known to fsspec when the package is there
+        raise UnknownScheme(f"{scheme}:// needs a package that is not there{_install(scheme)}")
     if found is None:
         known = schemes()
         near = difflib.get_close_matches(scheme, [*known, *fsspec.protocols()], 1)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import races
 import torch
 from faulty_http import Fault, FaultyProxy, lost, unanswered
+from fsspec.registry import known_implementations
 from procs import Nursery
 from sftp_rig import PASSWORD, USER, sftp_server
 from stores import contents, write
@@ -154,7 +159,7 @@ def test_without_a_proven_create_writers_are_refused(request: pytest.FixtureRequ
     [
         ("sfpt://host/x", UnknownScheme, "did you mean sftp://"),
         ("abfsss://container/x", UnknownScheme, "did you mean abfss://"),
-        ("simplecache://x", UnknownScheme, "unknown URL scheme"),
+        ("simplecache://x", InvalidURL, "only wraps other protocols"),
         ("sftp://me:hidden@host/x", InvalidURL, "never in a URL"),
         ("sftp://host/x?password=hidden", InvalidOption, "unknown option 'password'"),
         ("sftp://host/x?user=me", InvalidOption, "did you mean 'username'"),
@@ -171,12 +176,68 @@ def test_what_is_refused(url: str, kind: type[CkptStoreError], told: str) -> Non
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("scheme", "module", "extra"), [("abfs", "adlfs", "azure"), ("s3fs", "s3fs", "s3fs")])
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, extra: str) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, {"s3fs": "s3"}.get(scheme, scheme), raising=False)
-    with pytest.raises(UnknownScheme, match=rf"pip install 'ckptstore\[{extra}\]'"):
-        Store(f"{scheme}://container/x")
+_NEEDED = ("ckptstore", "fsspec", "awscrt", "_awscrt", "tenacity", "tqdm", "zlib_ng")
+_ASK_EVERY_PROTOCOL = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import ckptstore
+from fsspec.registry import known_implementations
+told = {}
+for scheme in [*known_implementations, "s3", "gs", "s3fs", "abfss"]:
+    try:
+        store = ckptstore.Store(f"{scheme}://somewhere/x", single_writer="1")
+        if scheme == "hdfs":  # which is opened before its package is imported
+            store.names()
+        told[scheme] = "opened"
+    except ckptstore.errors.CkptStoreError as exc:
+        told[scheme] = f"{type(exc).__name__}: {exc}"
+print(json.dumps(told))
+"""
+
+
+def test_where_no_other_package_is_installed_each_protocol_says_what_it_needs(tmp_path: Path) -> None:
+    for name in _NEEDED:
+        spec = find_spec(name)
+        assert spec is not None and spec.origin is not None
+        found = Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin)
+        (tmp_path / found.name).symlink_to(found)
+    command = [sys.executable, "-S", "-B", "-c", _ASK_EVERY_PROTOCOL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, str] = json.loads(done.stdout)
+    assert not [text for text in told.values() if "\n" in text]
+    for schemes, named in {
+        "hf": "Install huggingface_hub",
+        "smb": "smbprotocol",
+        "webdav": "Install webdav4",
+        "oss": "Install ossfs",
+        "libarchive": "No module named 'libarchive'",
+        "abfs abfss az": r"pip install 'ckptstore\[azure\]'",
+        "gs gcs": r"pip install 'ckptstore\[gcs\]'",
+        "s3": r"pip install 'ckptstore\[s3\]'",
+        "s3fs s3a": r"pip install 'ckptstore\[s3fs\]'",
+        "sftp ssh": r"pip install 'ckptstore\[sftp\]'",
+        "hdfs": "pyarrow",
+    }.items():
+        for scheme in schemes.split():
+            assert re.match(f"(UnknownScheme|BackendError): .*{named}", told[scheme]), told[scheme]
+    assert "only wraps other protocols" in told["simplecache"]
+
+
+@pytest.mark.parametrize(
+    ("class_", "told"),
+    [
+        ("no_such_package.FileSystem", "install no_such_package, .*No module named 'no_such_package'"),
+        ("json.FileSystem", "install json, .*no attribute 'FileSystem'"),  # it is there, but of another version
+    ],
+)
+def test_a_protocol_that_another_package_has_registered_names_it(monkeypatch: pytest.MonkeyPatch, class_: str, told: str) -> None:
+    """fsspec's own hint is no more than the entry point then."""
+    known = {"class": class_, "err": f"Unable to load filesystem from EntryPoint(name='other', value={class_!r})"}
+    monkeypatch.setitem(known_implementations, "other", known)
+    with pytest.raises(UnknownScheme, match=told) as caught:
+        Store("other://place/x")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
