@@ -34,6 +34,9 @@ __all__ = ["Sink", "load", "load_open", "refused", "save"]
 
 _GATHERED = 1 << 14
 """Bytes."""
+_SMALL, _FEW = 1 << 16, 1000
+"""Bytes, and values: what has no more of either is written to memory first."""
+_TINY = frozenset({bool, float, torch.Size, torch.device, torch.dtype, type(None)})
 _safe_by_default: set[str] = set()
 """Names that torch is known to load without being asked; learnt from torch as they are met."""
 
@@ -69,21 +72,30 @@ def save(obj: Any, sink: Sink, locations: Mapping[int, str] | None = None) -> tu
         BackendError: the sink took fewer bytes than it was given.
         Exception: whatever the sink, or a ``__reduce__`` or ``__getstate__`` inside `obj`, raised.
     """
-    return _save(obj, sink, ZipSums() if _sums_may_be_ours() else None, locations or {})
+    if not _sums_may_be_ours():
+        return _save(obj, sink, None, locations or {})
+    if _is_small(obj):
+        return _save(obj, sink, None, locations or {}, in_memory=True)
+    return _save(obj, sink, ZipSums(), locations or {})
 
 
-def _save(obj: Any, sink: Sink, sums: ZipSums | None, locations: Mapping[int, str]) -> tuple[str, ...]:
+def _save(
+    obj: Any, sink: Sink, sums: ZipSums | None, locations: Mapping[int, str], *, in_memory: bool = False
+) -> tuple[str, ...]:
     storages: dict[str, Any] = {}
     guard = _Guard(sink, sums, storages)
+    whole = io.BytesIO() if in_memory else None
     recorder = _Recorder(guard, storages, get_crc32_options(), locations)
     handled = sys.exc_info()[1]
     failure: BaseException | None = None
     outer = getattr(_saving, "recorder", None)  # of a save whose __reduce__ or the like has called us
     _saving.recorder = recorder
     try:
-        if sums:
-            set_crc32_options(False)  # until torch has looked, before it begins to pickle
-        torch.save(obj, cast(IO[bytes], guard), pickle_module=_PICKLE_MODULE)
+        if sums or whole:
+            set_crc32_options(sums is None)  # until torch has looked, before it begins to pickle
+        torch.save(obj, cast(IO[bytes], whole or guard), pickle_module=_PICKLE_MODULE)
+        if whole:
+            guard.write(whole.getbuffer())
         guard.pass_on()
     except BaseException as exc:
         # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
@@ -128,6 +140,30 @@ def _sums_may_be_ours() -> bool:
     except BackendError:
         return False
     return ours.getvalue() == theirs.getvalue()
+
+
+def _is_small(obj: Any) -> bool:
+    """Say whether `obj` is sure to take little memory, without looking long: then torch may write it there, in C, piece by tiny piece."""
+    left, found = _SMALL, [obj]
+    for value in found:  # which grows
+        kind = type(value)
+        if kind is dict or kind is collections.OrderedDict or kind is list or kind is tuple:
+            if len(found) + 2 * len(value) > _FEW:
+                return False
+            found.extend(value)
+            if kind is dict or kind is collections.OrderedDict:
+                found.extend(value.values())
+        elif kind is torch.Tensor or kind is torch.nn.Parameter:
+            if value.layout is not torch.strided:
+                return False
+            left -= value.untyped_storage().nbytes()
+        elif kind is str or kind is bytes:
+            left -= len(value)
+        elif kind is int:
+            left -= value.bit_length() >> 3
+        elif kind not in _TINY:
+            return False
+    return left >= 0
 
 
 def _interrupt_behind(exc: BaseException | None, handled: BaseException | None) -> BaseException | None:
@@ -190,8 +226,9 @@ class _Guard:
 
     def pass_on(self) -> None:
         """Write what was gathered."""
-        gathered, self._gathered = self._gathered, bytearray()
-        self._write(memoryview(gathered))
+        if self._gathered:
+            gathered, self._gathered = self._gathered, bytearray()
+            self._write(memoryview(gathered))
 
     def _write(self, data: memoryview) -> None:
         if self.shut or self._sink is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import subprocess
 import sys
@@ -35,9 +36,46 @@ class Sink:
 
 
 def by_us(obj: Any) -> bytes:
+    """As `torchfile.save` writes it piece by piece; what it first writes to memory because it is small is no other."""
     sink = Sink()
     torchfile.save(obj, sink)
-    return b"".join(p for p in sink.pieces if isinstance(p, bytes))
+    piece_by_piece = Sink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchfile, "_is_small", lambda obj: False)
+        torchfile.save(obj, piece_by_piece)
+    data = b"".join(p for p in piece_by_piece.pieces if isinstance(p, bytes))
+    assert b"".join(p for p in sink.pieces if isinstance(p, bytes)) == data
+    return data
+
+
+@pytest.mark.parametrize(
+    ("obj", "small"),
+    [
+        ({"a": [torch.ones(3), (1, "x")], "b": collections.OrderedDict(c=torch.nn.Parameter(torch.ones(2)))}, True),
+        (torch.ones(20_000), False),
+        ([torch.ones(20_000)[:1]], False),  # all of its storage is written
+        ("x" * 70_000, False),
+        ({b"x" * 70_000: 1}, False),
+        ([1 << 1_000_000], False),
+        (list(range(2000)), False),
+        ([dict.fromkeys(range(30), j) for j in range(30)], False),
+        (torch.ones(2).to_sparse(), False),
+        (bytearray(70_000), False),  # what else is large is not known
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_what_is_surely_small_is_written_to_memory_first(obj: Any, small: bool) -> None:
+    """Else it would take memory, or the summing a thread's time, that was promised to the training."""
+    assert torchfile._is_small(obj) is small
+    sink = Sink()
+    torchfile.save(obj, sink)
+    assert len(sink.pieces) == 1 or not small
+
+
+def test_a_state_that_holds_itself_is_not_looked_at_for_ever() -> None:
+    inside: list[Any] = []
+    inside.append(inside)
+    assert not torchfile._is_small(inside)
 
 
 def by_torch(obj: Any) -> bytes:
@@ -191,7 +229,7 @@ def test_other_threads_save_as_ever() -> None:
     mine: list[bool] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchfile, "_Guard", Looking)
-        torchfile.save(torch.ones(10), Sink())
+        torchfile.save(torch.ones(100_000), Sink())
     assert False in mine, "this has looked at the wrong moment"
     assert all(seen)
 
