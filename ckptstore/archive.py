@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from . import picklescan
 from .errors import UnsafeContent
 
-__all__ = ["Outline", "Record", "check", "outline"]
+__all__ = ["Outline", "Record", "check", "judge", "outline"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -95,11 +95,19 @@ def check(buffer: memoryview, name: str) -> None:
     with _refusing(name):
         listed, end = _listed(read, len(buffer))
         starts = [_data_start(read, len(buffer), header, path) for path, header, _, _ in listed]
-        _judged(listed, starts, end, read, len(buffer))
+        found = _judged(listed, starts, end, read)
+    judge(found, len(buffer), name)
+
+
+def judge(found: Outline, size: int, name: str) -> None:
+    """Refuse a pickle that would take memory out of proportion to the `size` of its file. Raises `UnsafeContent`."""
+    storages = {key[5:]: record.size for key, record in found.records.items() if key.startswith("data/")}
+    with _refusing(name):
+        picklescan.scan(found.pickle, storages, size)
 
 
 def outline(read: Read, size: int, name: str) -> Outline | None:
-    """Do as `check` for a file of `size` bytes of which no more than the directory and the pickle has been read.
+    """Do as `check` for a file of `size` bytes of which no more than the directory and the pickle has been read; the latter is for `judge`.
 
     Where the data of each record begins is taken from where the next one does, as `torch.save` lays them out. Whoever reads a record has
     to compare its header (`Record.fits`). None if the layout is another, or can be told from the headers only: use `check` then.
@@ -121,7 +129,7 @@ def outline(read: Read, size: int, name: str) -> Outline | None:
             record = Record(path, header, starts[i], length)
             if path.endswith(b"/data.pkl") and not record.fits(read(header, record.header_size)):
                 return None
-        return _judged(listed, starts, end, read, size)
+        return _judged(listed, starts, end, read)
 
 
 @contextmanager
@@ -135,7 +143,7 @@ def _refusing(name: str) -> Iterator[None]:
 _Listed = tuple[bytes, int, int, int]  # path, first byte of the local header, bytes of data, flags
 
 
-def _judged(listed: list[_Listed], starts: list[int], end: int, read: Read, total: int) -> Outline:
+def _judged(listed: list[_Listed], starts: list[int], end: int, read: Read) -> Outline:
     _check_disjoint([(header, start + size) for (_, header, size, _), start in zip(listed, starts, strict=True)], end)
     records: dict[str, Record] = {}
     root = b""
@@ -150,10 +158,7 @@ def _judged(listed: list[_Listed], starts: list[int], end: int, read: Read, tota
         raise UnsafeContent("it is a zip archive, but not one that torch.save wrote (no data.pkl)")
     if any(key in _SMALL and record.size > _SMALL_BYTES for key, record in records.items()):
         raise UnsafeContent("an entry that torch.save fills with a few digits is large")
-    storages = {key[5:]: record.size for key, record in records.items() if key.startswith("data/")}
-    data = bytes(read(pickle.start, pickle.size))
-    picklescan.scan(data, storages, total)
-    return Outline(records, end, data)
+    return Outline(records, end, bytes(read(pickle.start, pickle.size)))
 
 
 def _listed(read: Read, total: int) -> tuple[list[_Listed], int]:

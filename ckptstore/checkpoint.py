@@ -204,24 +204,18 @@ class Checkpoint:
         with self._damaged_or_pruned():
             return loading.tensor_names(self._stored(entry), weights_only=weights_only, name=f"{self.id}/{file}")
 
-    def load_mapped(self, map_location: Any, weights_only: bool) -> tuple[Any, bool]:
-        """Do as `load`, for who copies the tensors elsewhere at once; return also whether they are views of the mapped file."""
+    def load_to_copy(self, map_location: Any, weights_only: bool, held: Callable[[Any], Iterable[Any]]) -> Any:
+        """Do as `load`, for who copies the tensors elsewhere at once, except in the parts that `held` tells: see `mapped.load_to_copy`."""
         from . import loading, mapped
 
         entry = self._file(STATE_FILE)
-        stored = self._stored
         with self._damaged_or_pruned():
             if loading.is_cpu(map_location) and isinstance(self._engine.backend, LocalFiles):
-                how: dict[str, Any] = {
-                    "map_location": map_location,
-                    "weights_only": weights_only,
-                    "name": f"{self.id}/{STATE_FILE}",
-                }
                 with suppress(loading.NotPlain, mapped.NotMapped):
-                    result = mapped.load(stored(entry), lazy=False, plain=True, **how)
+                    result = mapped.load_to_copy(self._stored(entry), map_location, f"{self.id}/{STATE_FILE}", held)
                     self.read_whole.add(STATE_FILE)
-                    return result, True
-        return self.load(map_location=map_location, weights_only=weights_only), False
+                    return result
+        return self.load(map_location=map_location, weights_only=weights_only)
 
     def _stored(self, entry: FileEntry) -> StoredFile:
         return StoredFile(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)

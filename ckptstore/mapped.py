@@ -7,19 +7,21 @@ it is checked by reading, which brings it into the page cache, where the map fin
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from . import archive, torchfile
+from . import archive, rebuild, torchfile
 from .errors import UsageError
-from .loading import plain_outline, prefer_huge_pages, tensors_of
+from .loading import PlainFile, new_storage, writable
 from .protocol import LocalFiles
-from .reading import StoredFile
+from .reading import Piece, StoredFile
+from .rebuild import NotPlain
 
-__all__ = ["NotMapped", "load", "own", "takes_copies"]
+__all__ = ["NotMapped", "load", "load_to_copy", "takes_copies"]
 
 
 class NotMapped(UsageError):
@@ -27,71 +29,97 @@ class NotMapped(UsageError):
 
 
 @contextmanager
-def _descriptor(file: StoredFile) -> Iterator[int | None]:
-    """Lend a descriptor of the file, None if it cannot, or should not, be mapped."""
+def _descriptor(file: StoredFile) -> Iterator[int]:
+    """Lend a descriptor of the file. Raises `NotMapped`."""
     fd = file.backend.open_file(file.key) if isinstance(file.backend, LocalFiles) else None
     if fd is None:
-        yield None
-        return
+        raise NotMapped(
+            f"{file.backend.url}: only files in a folder of a local disk can be mapped (mmap=True), and not on file systems that other "
+            "hosts can change; load without it, or part of it with load_tensors"
+        )
     with open(fd, "rb", buffering=0):  # closes it
         yield fd
 
 
-def load(file: StoredFile, *, lazy: bool, plain: bool = False, map_location: Any, weights_only: bool, name: str) -> Any:
+def load(file: StoredFile, *, lazy: bool, map_location: Any, weights_only: bool, name: str) -> Any:
     """Return what ``torch.load(mmap=True)`` makes of a stored file, whose tensors are private views of it, copied where they are changed.
 
     Args:
         lazy: check the directory and the pickle only, if the file is laid out as `torch.save` does it; else every byte.
-        plain: take only files of plain tensors and containers.
 
     Raises:
         DamagedFile, UnsafeContent, RuntimeError: as `loading.load`.
-        NotPlain: it is not that.
         NotMapped: the file is in no folder of a local disk, or torch was told to share what it maps.
     """
     if torch.serialization.get_default_mmap_options() != mmap.MAP_PRIVATE:
         how = "set torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)"
         raise NotMapped(f"torch was told to map files as shared, so that a change of a tensor would change the checkpoint; {how}")
     with _descriptor(file) as fd:
-        if fd is None:
-            raise NotMapped(
-                f"{file.backend.url}: only files in a folder of a local disk can be mapped (mmap=True), and not on file systems that other "
-                "hosts can change; load without it, or part of it with load_tensors"
-            )
-        outline = archive.outline(file.read, file.entry.size, name)
-        if plain:
-            plain_outline(file, outline)
-        records = list(outline.records.values()) if outline else []
-        if not lazy or outline is None:
-            heads = [memoryview(bytearray(record.header_size)) for record in records]
-            file.fill([(record.header, head) for record, head in zip(records, heads, strict=True)])
-            if outline is None or not all(record.fits(head) for record, head in zip(records, heads, strict=True)):
-                with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
-                    archive.check(view, name)
-        result = torchfile.load_open(f"/proc/self/fd/{fd}", map_location, weights_only, name, mmap=True)
-        if plain:
-            for _ in tensors_of(result):  # or NotPlain
-                pass
-        return result
+        try:
+            plain = PlainFile(file, map_location, name)
+            if not lazy:
+                plain.check([], plain.records)
+            elif not all(r.fits(memoryview(os.pread(fd, r.header_size, r.header))) for r in plain.records):
+                raise NotPlain
+            return rebuild.fill(plain.value, _mapped(fd, plain))
+        except NotPlain:
+            return _load_any(file, fd, lazy, map_location, weights_only, name)
 
 
-def own(value: Any, owned: dict[int, torch.UntypedStorage]) -> None:
-    """Give the tensors in `value`, a part of what `load` returned, memory of their own, in place.
+def _load_any(file: StoredFile, fd: int, lazy: bool, map_location: Any, weights_only: bool, name: str) -> Any:
+    outline = archive.outline(file.read, file.entry.size, name)
+    records = list(outline.records.values()) if outline else []
+    if not lazy or outline is None:
+        heads = [memoryview(bytearray(record.header_size)) for record in records]
+        file.fill([(record.header, head) for record, head in zip(records, heads, strict=True)])
+        if not all(record.fits(head) for record, head in zip(records, heads, strict=True)):
+            outline = None
+    if outline is not None:
+        archive.judge(outline, file.entry.size, name)
+    else:
+        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
+            archive.check(view, name)
+    return torchfile.load_open(f"/proc/self/fd/{fd}", map_location, weights_only, name, mmap=True)
+
+
+def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[[Any], Iterable[Any]]) -> Any:
+    """Return a stored file of plain tensors, every byte checked, for who copies them elsewhere at once: they are views of the file.
 
     Args:
-        owned: what was copied already, by its address before and after.
+        held: says of the object which parts will be held on to. Their tensors get memory of their own, and are read to there.
+
+    Raises:
+        NotPlain: it is not that.
+        NotMapped: the file is in no folder of a local disk.
+        DamagedFile, UnsafeContent
     """
-    for tensor in tensors_of(value):
-        storage = tensor.untyped_storage()
-        if not storage.nbytes():
-            continue
-        if storage.data_ptr() not in owned:
-            copy = torch.empty(storage.nbytes(), dtype=torch.uint8)
-            prefer_huge_pages(memoryview(copy.numpy()))  # type: ignore[arg-type]
-            copy.copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
-            owned[storage.data_ptr()] = owned[copy.data_ptr()] = copy.untyped_storage()
-        with torch.no_grad():
-            tensor.set_(owned[storage.data_ptr()], tensor.storage_offset(), tensor.size(), tensor.stride())
+    with _descriptor(file) as fd:
+        plain = PlainFile(file, map_location, name)
+        views = _mapped(fd, plain)
+    result = rebuild.fill(plain.value, views)
+    starts = {view.data_ptr(): start for start, view in views.items()}
+    owned: dict[int, torch.UntypedStorage] = {}  # by the address in the file, and by the new one
+    pieces: list[Piece] = []
+    for part in held(result):
+        for tensor in rebuild.tensors_of(part):
+            view = tensor.untyped_storage()
+            address = view.data_ptr()
+            if not view.nbytes():
+                continue
+            if address not in owned:
+                owned[address] = storage = new_storage(view.nbytes())
+                owned[storage.data_ptr()] = storage
+                pieces.append((starts[address], writable(storage)))
+            with torch.no_grad():
+                tensor.set_(owned[address], tensor.storage_offset(), tensor.size(), tensor.stride())
+    plain.check(pieces, plain.records)
+    return result
+
+
+def _mapped(fd: int, plain: PlainFile) -> dict[int, torch.UntypedStorage]:
+    """Return the records with the tensors, by their first byte, as private views of the file."""
+    whole = torch.UntypedStorage.from_file(f"/proc/self/fd/{fd}", False, os.fstat(fd).st_size)
+    return {record.start: whole[record.start : record.start + record.size] for record in plain.tensors()}
 
 
 def takes_copies(target: Any) -> bool:

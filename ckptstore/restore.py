@@ -33,33 +33,33 @@ def restore_newest(
     from . import mapped, snapshot
     from . import rng as generators
 
-    def read(checkpoint: Checkpoint) -> tuple[tuple[Any, bool], Any]:
-        saved = checkpoint.load_mapped(map_location, weights_only)
-        return saved, checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
+    def read(checkpoint: Checkpoint) -> tuple[snapshot.Plan, Any]:
+        plans: list[snapshot.Plan] = []
+
+        def held(state: Any) -> list[Any]:
+            plans[:] = [snapshot.Plan(objects, state)]
+            return [part for target, part in plans[0].given if not mapped.takes_copies(target)]
+
+        state = checkpoint.load_to_copy(map_location, weights_only, held)
+        saved_rng = checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
+        return plans[0] if plans and plans[0].state is state else snapshot.Plan(objects, state), saved_rng
 
     def apply() -> None:
         _restore_sampler(checkpoint, sampler)
-        state, is_mapped = saved
-        owned: dict[int, Any] = {}
-
-        def keep(target: Any, part: Any) -> None:
-            if not mapped.takes_copies(target):
-                mapped.own(part, owned)
-
-        snapshot.restore(objects, state, keep if is_mapped else None)
+        plan.carry_out()
         if saved_rng is not None:
             generators.restore(saved_rng)
 
     if ranks is None:
         if not newest_first(engine, name):
             return None
-        checkpoint, (saved, saved_rng) = first_whole(engine, name, None, read)
+        checkpoint, (plan, saved_rng) = first_whole(engine, name, None, read)
         apply()
         return checkpoint
     found = newest_whole_for_all(engine, name, ranks, read)
     if found is None:
         return None
-    checkpoint, (saved, saved_rng) = found
+    checkpoint, (plan, saved_rng) = found
     ranks.together(apply)
     return checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import NotSerializable, StateMismatch
 
-__all__ = ["refuse_parts", "restore", "to_state"]
+__all__ = ["Plan", "refuse_parts", "restore", "to_state"]
 
 
 def to_state(obj: Any) -> Any:
@@ -122,50 +122,53 @@ def _is_container(obj: Any) -> bool:
     return type(obj) in (dict, OrderedDict, list, tuple) or (isinstance(obj, tuple) and hasattr(type(obj), "_make"))
 
 
-def restore(target: Any, state: Any, keep: Callable[[Any, Any], object] | None = None) -> None:
+def restore(target: Any, state: Any) -> None:
     """Put `state`, as `to_state` made it, back into the objects of `target`, in place.
 
     Values with a ``load_state_dict`` are given theirs; tensors are copied into (under no_grad); other values inside a dict or
     list are replaced by the saved ones. The keys of `target` say what is wanted: more keys in `state` are ignored, except in a
     nested dict or list of plain values, which then holds exactly what was saved.
 
-    Args:
-        keep: called with each target, None if it is a plain value, and its part of the state, before that is given to it, for the target
-            may hold on to it from then on. What is copied into a tensor is not.
-
     Raises:
         StateMismatch: something is missing or of another kind, shape or dtype: all of it is listed by path, and nothing was
             changed. Or a ``load_state_dict`` or a copy failed: the path is named, and what came before it has been restored.
     """
-    plan = _Plan(keep)
-    plan.visit(target, state, "")
-    if plan.problems:
-        raise StateMismatch("the saved state does not fit: " + "; ".join(plan.problems))
-    for path, act in plan.actions:
-        try:
-            act()
-        except Exception as exc:
-            reason = " ".join(str(exc).split())  # torch's reasons have many lines
-            raise StateMismatch(f"{path or 'the object'} could not take its saved state: {reason}") from exc
+    Plan(target, state).carry_out()
 
 
-class _Plan:
-    """What is to be done, and why it cannot be."""
+class Plan:
+    """How `restore` is to put `state` into `target`, of which nothing has been changed. No tensor has been looked into."""
 
-    def __init__(self, keep: Callable[[Any, Any], object] | None = None) -> None:
-        self._keep = keep or (lambda target, state: None)
-        self.actions: list[tuple[str, Callable[[], object]]] = []
-        self.problems: list[str] = []
+    def __init__(self, target: Any, state: Any) -> None:
+        self.state = state
+        self.given: list[tuple[Any, Any]] = []
+        """Each target, None if it is a plain value, and the part of the state that it is to get, and may hold on to from then on. What is
+        copied into a tensor is not here."""
+        self._actions: list[tuple[str, Callable[[], object]]] = []
+        self._problems: list[str] = []
         self._seen: set[tuple[int, int]] = set()
         self._plain = _Plainness()
+        self._visit(target, state, "")
 
-    def visit(self, target: Any, state: Any, path: str) -> None:
+    def carry_out(self) -> None:
+        """Do it. Raises `StateMismatch` as `restore`."""
+        if self._problems:
+            raise StateMismatch("the saved state does not fit: " + "; ".join(self._problems))
+        for path, act in self._actions:
+            try:
+                act()
+            except Exception as exc:
+                reason = " ".join(str(exc).split())  # torch's reasons have many lines
+                raise StateMismatch(f"{path or 'the object'} could not take its saved state: {reason}") from exc
+
+    def _visit(self, target: Any, state: Any, path: str) -> None:
         """Plan to restore `target`, which is not plain, or the top, from `state`."""
         if (id(target), id(state)) in self._seen:
             return
         self._seen.add((id(target), id(state)))
         if _has(target, "load_state_dict"):
-            self.actions += [(path, lambda: self._keep(target, state)), (path, lambda: target.load_state_dict(state))]
+            self.given.append((target, state))
+            self._actions.append((path, lambda: target.load_state_dict(state)))
         elif _is_tensor(target):
             self._tensor(target, state, path)
         elif isinstance(target, dict):
@@ -175,11 +178,11 @@ class _Plan:
             if self._kind(isinstance(state, (list, tuple)), type(target).__name__, state, path):
                 self._sequence(target, state, path)
         else:
-            self.problems.append(f"{path or 'the object'} ({type(target).__name__}) cannot be restored in place")
+            self._problems.append(f"{path or 'the object'} ({type(target).__name__}) cannot be restored in place")
 
     def _kind(self, right: bool, wanted: str, state: Any, path: str) -> bool:
         if not right:
-            self.problems.append(f"{path or 'the object'} is a {wanted}, but a {type(state).__name__} was saved")
+            self._problems.append(f"{path or 'the object'} is a {wanted}, but a {type(state).__name__} was saved")
         return right
 
     def _tensor(self, target: Any, state: Any, path: str) -> None:
@@ -190,47 +193,47 @@ class _Plan:
         for what in ("shape", "dtype", "layout"):
             wanted, saved = getattr(target, what), getattr(state, what)
             if wanted != saved:
-                self.problems.append(f"{path or 'the tensor'} has {what} {_text(wanted)}, but {_text(saved)} was saved")
+                self._problems.append(f"{path or 'the tensor'} has {what} {_text(wanted)}, but {_text(saved)} was saved")
                 return
         if target.is_meta:
-            self.problems.append(f"{path or 'the tensor'} is on the meta device and has no memory to restore into")
+            self._problems.append(f"{path or 'the tensor'} is on the meta device and has no memory to restore into")
             return
-        self.actions.append((path, torch.no_grad()(lambda: target.copy_(state))))
+        self._actions.append((path, torch.no_grad()(lambda: target.copy_(state))))
 
     def _dict(self, target: dict[Any, Any], state: Mapping[Any, Any], path: str) -> None:
         for key, value in target.items():
             here = f"{path}[{key!r}]"
             if key not in state:
-                self.problems.append(f"{here} is missing from the saved state")
+                self._problems.append(f"{here} is missing from the saved state")
             elif self._plain(value):
                 self._replace(target, key, value, state[key], here)
             else:
-                self.visit(value, state[key], here)
+                self._visit(value, state[key], here)
 
     def _sequence(self, target: list[Any] | tuple[Any, ...], state: Any, path: str) -> None:
         if len(target) != len(state):
-            self.problems.append(f"{path or 'the object'} has {len(target)} items, but {len(state)} were saved")
+            self._problems.append(f"{path or 'the object'} has {len(target)} items, but {len(state)} were saved")
             return
         for index, (value, saved) in enumerate(zip(target, state, strict=True)):
             here = f"{path}[{index}]"
             if not self._plain(value):
-                self.visit(value, saved, here)
+                self._visit(value, saved, here)
             elif isinstance(target, list):
                 self._replace(target, index, value, saved, here)
             elif value is not saved and not (type(value) is type(saved) and isinstance(value, _SCALARS) and value == saved):
-                self.problems.append(f"{here} differs from what was saved, and a tuple cannot be changed in place")
+                self._problems.append(f"{here} differs from what was saved, and a tuple cannot be changed in place")
 
     def _replace(self, target: Any, key: Any, value: Any, saved: Any, path: str) -> None:
         """Plan to put the plain value `saved` in the place of `value`; into the same dict or list, if it is one."""
-        self.actions.append((path, lambda: self._keep(None, saved)))
+        self.given.append((None, saved))
         if isinstance(value, dict) and isinstance(saved, dict):
             missing = [f"{path}[{k!r}]" for k in value if k not in saved]
-            self.problems += [f"{p} is missing from the saved state" for p in missing]
-            self.actions += [(path, value.clear), (path, lambda: value.update(saved))]
+            self._problems += [f"{p} is missing from the saved state" for p in missing]
+            self._actions += [(path, value.clear), (path, lambda: value.update(saved))]
         elif isinstance(value, list) and isinstance(saved, list):
-            self.actions.append((path, lambda: value.__setitem__(slice(None), saved)))
+            self._actions.append((path, lambda: value.__setitem__(slice(None), saved)))
         else:
-            self.actions.append((path, lambda: target.__setitem__(key, saved)))
+            self._actions.append((path, lambda: target.__setitem__(key, saved)))
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes)
