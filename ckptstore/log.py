@@ -305,13 +305,14 @@ class Log:
                 continue
             record = self._bases.attach(record, self._head.record)
             return Head(slot, record, digest, tuple(damaged))
+        else:
+            if len(damaged) == slot and self._key is None:  # back to the beginning: the state before the first commit serves
+                return Head(slot, EMPTY, None, tuple(damaged))
         if forged:
             raise KeyMismatch(
                 f"not one of the newest commit records is authentic ({damaged[0]}). Nothing was changed. "
                 "Check hmac_key; a store that was made without one is opened without"
             )
-        if len(damaged) == slot and self._key is None:  # back to the beginning: the state before the first commit serves
-            return Head(slot, EMPTY, None, tuple(damaged))
         raise DamagedRecord(f"none of the newest commit records can be read; newest first: {'; '.join(damaged)}")
 
     def _get(self, n: int) -> bytes:

@@ -38,9 +38,11 @@ _real = {name: getattr(os, name) for name in CALLS}
 
 
 def error_before(number: int) -> Trouble:
-    """The call fails and does nothing."""
+    """The call fails and does nothing; but a descriptor is gone, whatever close() says (close(2))."""
 
     def trouble(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if call is _real["close"]:
+            call(*args, **kwargs)
         raise OSError(number, os.strerror(number))
 
     return trouble

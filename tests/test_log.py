@@ -305,6 +305,22 @@ def test_16_threads_lose_races_but_no_commit() -> None:
         prev = sha256(data)
 
 
+@pytest.mark.parametrize("seen", [1, 2, 4])
+def test_a_shrunk_record_is_proof_of_newer_ones_that_are_not_to_be_seen(seen: int) -> None:
+    """However old what is seen: a job must not believe that it is at the beginning."""
+    backend = new_memory()
+    writer = Log(backend)
+    for _ in range(12):
+        writer.commit(grow_big, new_op())
+    for n in range(seen + 1, 13):
+        del objects(backend)[slot_key(n)]
+    with pytest.raises(
+        DamagedRecord, match=f"commit record {seen} was shrunk when {seen + 8} was there, and that is not to be seen"
+    ):
+        Log(backend).commit(grow, new_op())
+    assert slots(backend) == list(range(1, seen + 1))
+
+
 # --- no answer, or a wrong one
 
 LOST = Ambiguous("the answer was lost")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import shutil
 from collections import Counter
@@ -167,6 +168,7 @@ TROUBLES: list[tuple[str, str, Trouble]] = [
 
 def strike(job: Job, sick: SickOS, operation: Operation, decide: Callable[[str, int], Trouble | None]) -> str:
     """Run the operation, and check all that is promised. Anything but our own errors ends the test."""
+    descriptors = len(os.listdir("/proc/self/fd"))
     sick.start(decide)
     error: CkptStoreError | None = None
     try:
@@ -197,6 +199,7 @@ def strike(job: Job, sick: SickOS, operation: Operation, decide: Callable[[str, 
         assert newer.verify() == []
     check_past(job, operation)
     job.store.close()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors, "each that was opened was closed"
     return type(error).__name__
 
 
