@@ -29,9 +29,19 @@ from ckptstore.errors import (
 )
 from ckptstore.folder import MOVED, FolderBackend, FolderWriter, absolute, segments
 from ckptstore.inorder import InOrder
-from ckptstore.mounts import file_system, is_local, two_may_link
+from ckptstore.mounts import file_system, is_local, two_may_link, writes_past_cache
 from ckptstore.openfile import LastOpened
-from ckptstore.posix import NO_LINKS, REFUSED, Folders, NewFile, mapped_errors, nearest_existing, start_writeback, write_all
+from ckptstore.posix import (
+    NO_LINKS,
+    REFUSED,
+    Folders,
+    NewFile,
+    mapped_errors,
+    nearest_existing,
+    start_writeback,
+    write_all,
+    write_past_cache,
+)
 from ckptstore.protocol import Capabilities, ObjectInfo, PartWriter
 
 __all__ = ["SharedBackend"]
@@ -365,11 +375,14 @@ class SharedBackend(FolderBackend):
             raise BackendError(errno.ENOENT, f"{why} {how}", self.root)
 
     def _refuse_two_winners(self) -> None:
-        kind = self._kind if self._is_store else file_system(nearest_existing(self.root))  # it may be mounted yet
+        kind = self._file_system()
         if two_may_link(kind):
             why = f"on {kind} two hosts can both win a link(), so two jobs could both believe that they committed"
             how = "add single_writer=1 to the URL if you make sure that only one job ever writes"
             raise NoAtomicCreate(errno.EOPNOTSUPP, f"{why}; {how}", self.root)
+
+    def _file_system(self) -> str | None:
+        return self._kind if self._is_store else file_system(nearest_existing(self.root))  # it may be mounted yet
 
     def _size_writes(self, root_fd: int) -> None:
         """Write whole blocks, or stripes, of the file system, as it recommends them."""
@@ -384,6 +397,8 @@ class _SharedWriter(FolderWriter[SharedBackend]):
     def __init__(self, backend: SharedBackend, key: str) -> None:
         super().__init__(backend, key)
         self._in_order = InOrder(self._append)
+        if writes_past_cache(backend._file_system()):
+            write_past_cache(self._new.fd)
 
     def _write(self, offset: int, data: memoryview) -> None:
         self._in_order.write(offset, data)

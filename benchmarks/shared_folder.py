@@ -1,8 +1,9 @@
 """A shared file system, mounted twice on this machine (JuiceFS): two writers that race for commits, and 1 GiB beside plain files.
 
 The plain files are written in one go from memory, in pieces of 8 MiB, and flushed; and read into memory by one call. torch alone, with a
-flush, is there to tell what of the difference is torch's own. What is saved through one mount is loaded through the other, so that nothing
-comes from a cache of the client that wrote it.
+flush, is there to tell what of the difference is torch's own. Each way keeps the file before until the new one is written, as a store
+does: on a virtual machine, memory that was freed long ago costs more than what was freed just now. What is saved through one mount is
+loaded through the other, so that nothing comes from a cache of the client that wrote it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def torch_save(path: Path, state: dict[str, torch.Tensor]) -> None:
         os.fsync(file.fileno())
 
 
+def _files(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
 def race(urls: list[str]) -> float:
     """Return how many commits per second the writers make together."""
     command = [sys.executable, __file__, "commit"]
@@ -81,14 +86,12 @@ def main(a: Path, b: Path) -> None:
     store.save({"warm": torch.ones(1)})
     other.load()
 
+    names: dict[str, str] = {}
+
     def fresh(kind: str) -> str:
-        """Remove the files of this kind, and name a new one: a client may not see for a second that a name means another file."""
-        for old in a.glob(f"{kind}-*"):
-            old.unlink()
+        """Name a new file of this kind: a client may not see for a second that a name means another file."""
         names[kind] = f"{kind}-{time.monotonic_ns()}"
         return names[kind]
-
-    names: dict[str, str] = {}
 
     def plain() -> None:
         plain_save(a / fresh("plain"), state)
@@ -99,14 +102,26 @@ def main(a: Path, b: Path) -> None:
     def ours() -> None:
         store.save(state, step=0)
 
-    settle = store._engine.settle  # what was pruned is deleted in the background; that must not slow others down
-    saves = {"save": Way(ours, after=settle), "plain write": plain, "torch.save": by_torch}
+    def settle() -> None:
+        """Remove what is old, and wait until JuiceFS, which does so in the background, has removed the data: none must slow others down."""
+        store._engine.settle()
+        for kind, name in names.items():
+            for old in a.glob(f"{kind}-*"):
+                if old.name != name:
+                    old.unlink()
+        count, before = _files(objects), -1
+        while count != before:
+            time.sleep(0.1)
+            count, before = _files(objects), count
+
+    objects = a.parent / "objects"
+    saves = {"save": Way(ours, after=settle), "plain write": Way(plain, after=settle), "torch.save": Way(by_torch, after=settle)}
     goals = [Target("save", "plain write", 1.15), Target("save", "torch.save", 1)]
     results.append(paired("save on JuiceFS", saves, 3, goals, size=SIZE))
     loads = {  # each of what was just written, so that the reader's client has not seen it
         "load": Way(other.load, before=lambda: (ours(), settle())),
-        "plain read": Way(lambda: (b / names["plain"]).read_bytes(), before=plain),
-        "torch.load": Way(lambda: torch.load(b / names["torch"]), before=by_torch),
+        "plain read": Way(lambda: (b / names["plain"]).read_bytes(), before=lambda: (plain(), settle())),
+        "torch.load": Way(lambda: torch.load(b / names["torch"]), before=lambda: (by_torch(), settle())),
     }
     goals = [Target("load", "plain read", 1.15), Target("load", "torch.load", 1)]
     results.append(paired("load on JuiceFS, through the other mount", loads, 3, goals, size=SIZE, warm=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["file_system", "is_local", "is_shared", "two_may_link"]
+__all__ = ["file_system", "is_local", "is_shared", "two_may_link", "writes_past_cache"]
 
 _MOUNTS = "/proc/self/mountinfo"  # proc_pid_mountinfo(5)
 _SHARED = frozenset(
@@ -18,6 +18,8 @@ _LOCAL = frozenset(
 
 # Its clients look for the name in what each of them remembers, and then have the server replace whatever has it (seen with 4.48).
 _TWO_MAY_LINK = frozenset({"fuse.seaweedfs"})
+# Its client gathers what is written in its own memory. The kernel's copy is dropped with the next look at the file, whose time has changed.
+_PAST_CACHE = frozenset({"fuse.juicefs"})
 
 
 def file_system(path: str) -> str | None:
@@ -53,3 +55,8 @@ def is_local(kind: str | None) -> bool:
 def two_may_link(kind: str | None) -> bool:
     """Say whether two hosts can both win a `link` to one name on file systems of this kind, which no single host can find out."""
     return kind in _TWO_MAY_LINK
+
+
+def writes_past_cache(kind: str | None) -> bool:
+    """Say whether large new files are written faster past the kernel's cache (O_DIRECT), from and to wherever, on this kind of system."""
+    return kind in _PAST_CACHE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -39,6 +40,7 @@ __all__ = [
     "start_writeback",
     "typed_error",
     "write_all",
+    "write_past_cache",
     "wrong_kind",
 ]
 
@@ -173,6 +175,13 @@ def start_writeback(fd: int) -> None:
     """Send the data of a file on their way to the disk, without waiting. Only a hint: what goes wrong, the flush tells."""
     if _sync_file_range is not None:
         _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+def write_past_cache(fd: int) -> None:
+    """Have the kernel hand what is written to this file on from the caller's memory, without a copy in its cache. Only a hint."""
+    if hasattr(os, "O_DIRECT"):  # not everywhere
+        with suppress(OSError):  # EINVAL: not on this file system
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
 
 
 def fsync_dir(path: str) -> None:

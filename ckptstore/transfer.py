@@ -181,8 +181,9 @@ class FileSink:
     def _store(self, offset: int, pieces: list[_Piece], number: int) -> _Sums:
         digest = sha256(*(view for view, _ in pieces)) if self._authentic else ""
         crc = 0
-        for view, _ in pieces:
+        for view, _ in pieces:  # all before the first write: where they go in order, threads wait there, and need not hash then
             crc = crc64nvme(view, crc)
+        for view, _ in pieces:
             self.writer.write(offset, view, number)
             offset += len(view)
             number += 1

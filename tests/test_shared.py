@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import random
 import shutil
 import warnings
 from collections.abc import Callable
@@ -78,6 +80,37 @@ def test_writes_are_in_order_and_as_long_as_asked_for_or_as_the_file_system_reco
     backend = SharedBackend.open(str(shared.a / "run"), {})
     backend.stat("log/000000000001")
     assert backend.capabilities.part_size == (8 << 20) + block
+
+
+def test_juicefs_gets_files_from_their_memory_of_whatever_length_and_place(
+    shared: SharedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past_cache: set[bool] = set()
+    real = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        past_cache.add(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    data = random.Random(0).randbytes(3 << 20)
+    lengths = [1, 4095, 4096, 4097, 0, 1 << 20, 511, (1 << 20) + 13]
+    backend = SharedBackend.open(f"{shared.a}/run", {"create": "1"})
+    writer = backend.open_writer("data/x")
+    end = 0
+    for number, length in enumerate(lengths):
+        writer.write(end, memoryview(data)[end : end + length], number)
+        end += length
+    writer.finish()
+    assert past_cache == {True}
+    for place in (shared.a, shared.b):
+        assert (place / "run/data/x").read_bytes() == data[:end]
+    past_cache.clear()
+    (tmp_path / "log").mkdir()
+    other = SharedBackend.open(str(tmp_path), {}).open_writer("data/x")
+    other.write(0, memoryview(data), 0)
+    other.finish()
+    assert past_cache == {False}, "not where nobody has tried it"
 
 
 def test_what_was_deleted_here_is_not_waited_for(shared: SharedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
