@@ -182,7 +182,7 @@ class Background:
         """
         from . import rng as generators
         from .overlap import as_optimizers
-        from .snapshot import refuse_parts, to_state
+        from .snapshot import to_state
         from .still import Place, Still
 
         if when_busy not in ("wait", "skip", "replace"):
@@ -200,9 +200,7 @@ class Background:
             self._bell.until(lambda: self._enter(job, when_busy))
             self.raise_failure()
             place = self._place = self._place or Place()
-            state = to_state(obj)
-            refuse_parts(state)
-            job.still = Still(state, optimizers)
+            job.still = Still(to_state(obj), optimizers)
             job.rng = generators.capture() if rng else None
             self._give_up_queued()
             job.still.copy(place, checked)

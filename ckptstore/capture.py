@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 
 from .errors import NotSerializable
+from .snapshot import refuse_parts
 from .unpicklable import refusal
 
 __all__ = ["Capture"]
@@ -26,28 +28,35 @@ class Capture:
     """The structure of `obj`, which `snapshot.to_state` has made, as it is now.
 
     Raises:
-        NotSerializable: `torch.save` could not write it.
+        NotSerializable: `torch.save` could not write it, or it has only a part of a DTensor; see `snapshot.refuse_parts`.
         Exception: whatever a ``__reduce__`` or ``__getstate__`` inside `obj` raised.
     """
 
     def __init__(self, obj: Any) -> None:
-        self.storages: list[torch.UntypedStorage] = []
-        """Each once, in the order of the state. They are the live ones."""
-        self._numbers: dict[int, int] = {}  # id of a storage -> its number
-        self._leaves: list[tuple[Any, ...]] = []
-        file = io.BytesIO()
-        try:
-            _Pickler(file, self).dump(obj)
-        except Exception as exc:
-            problem = refusal(exc, obj)
-            if problem is None:
-                raise
-            raise NotSerializable(problem) from exc
-        self._structure = file.getvalue()
+        # The training waits, perhaps with thousands of tensors. So what must be known of each is asked for all of them in one go,
+        # without Python between one and the next, and only if one is not plain is each looked at before it is taken for a leaf.
+        tensors: list[torch.Tensor] = []
+        bare: list[tuple[torch.UntypedStorage, torch.dtype | None]] = []
+        self._structure = _pickled(obj, tensors, bare, careful=False)
+        if not _are_plain(tensors):
+            tensors, bare = [], []
+            self._structure = _pickled(obj, tensors, bare, careful=True)
+        storages = [*map(torch.Tensor.untyped_storage, tensors), *(storage for storage, _ in bare)]
+        keys = list(map(id, storages))  # torch returns the same object for the same storage while one is alive, and here it is
+        unique = dict(zip(keys, storages, strict=True))
+        self.storages = list(unique.values())
+        """Each once. They are the live ones."""
+        self.numbers = dict(zip(unique, range(len(unique)), strict=True))
+        """The place of each in `storages`, by its id."""
+        self._behind = list(
+            map(self.numbers.__getitem__, keys)
+        )  # of those of the tensors, then of those that stand for themselves
+        self._layouts = [list(map(ask, tensors)) for ask in _LAYOUT]
+        self._bare = [dtype for _, dtype in bare]
 
     def forget_live(self) -> None:
         """Let go of the live storages: they have been copied, or somebody else holds them."""
-        self.storages, self._numbers = [], {}
+        self.storages, self.numbers = [], {}
 
     def rebuild(self, copies: Sequence[torch.UntypedStorage]) -> Any:
         """Return an object that `torch.save` writes as it would have written the state, over `copies` of the storages.
@@ -55,82 +64,126 @@ class Capture:
         Raises:
             NotSerializable: something in it can be pickled, but not unpickled.
         """
+        behind = [copies[number] for number in self._behind]
+        count = len(behind) - len(self._bare)
+        tensors = zip(behind[:count], *self._layouts, strict=True)
+        bare = zip(behind[count:], self._bare, strict=True)
         try:
-            return _Unpickler(io.BytesIO(self._structure), self._leaves, copies).load()
+            return _Unpickler(io.BytesIO(self._structure), tensors, bare).load()
         except Exception as exc:
             raise NotSerializable(f"something in the state can be pickled, but not loaded again: {exc}") from exc
 
-    def _tensor(self, tensor: torch.Tensor) -> int:
-        # Once for each tensor while the training waits: every call counts.
-        leaves, numbers, storage = self._leaves, self._numbers, tensor.untyped_storage()
-        key = id(storage)  # torch returns the same object for the same storage while one is alive, and here it is
-        number = numbers.get(key)
-        if number is None:
-            number = numbers[key] = len(numbers)
-            self.storages.append(storage)
-        leaves.append((number, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()))
-        return len(leaves) - 1
 
-    def _bare(self, storage: torch.UntypedStorage, dtype: torch.dtype | None) -> int:
-        number = self._numbers.setdefault(id(storage), len(self._numbers))
-        if number == len(self.storages):
-            self.storages.append(storage)
-        self._leaves.append((number, dtype))
-        return len(self._leaves) - 1
-
-
+_is_cpu = attrgetter("is_cpu")
+_dtype = attrgetter("dtype")
+_LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
+    _dtype,
+    torch.Tensor.storage_offset,
+    attrgetter("shape"),
+    torch.Tensor.stride,
+)
 _attributes: Callable[[torch.Tensor], Any] = getattr(object, "__getstate__", lambda tensor: tensor.__dict__)
 """Attributes that the user has set, if any. From Python 3.11 on without making an empty dictionary for each tensor, which takes a while."""
-_has_names: Callable[[torch.Tensor], bool] = getattr(torch.Tensor, "has_names", lambda tensor: False)
-"""Gone from torch 2.13 on, with the names."""
+_NUMBERS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}  # fmt: skip
+"""Those that are neither quantized nor complex, and so never conjugated: nearly all there are."""
+_EXCEPTIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
+    attrgetter("requires_grad"),
+    attrgetter("is_nested"),
+    torch.Tensor.is_neg,
+    _attributes,
+    *(
+        getattr(torch.Tensor, name) for name in ("has_names",) if hasattr(torch.Tensor, name)
+    ),  # gone from torch 2.13 on, with the names
+)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor of exactly this class is told by its storage and how it lies in it. torch takes all others apart itself."""
+def _are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Say whether tensors of exactly this class are told by their storage and how they lie in it. torch takes all others apart itself."""
+    dtypes = set(map(_dtype, tensors))
     return (
-        (tensor.is_cpu or tensor.is_cuda)
-        and tensor.layout is torch.strided
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
-        and not (_attributes(tensor) or _has_names(tensor))
+        (all(map(_is_cpu, tensors)) or all(t.is_cpu or t.is_cuda for t in tensors))
+        and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
+        and not any(t.is_quantized or t.is_conj() for t in tensors if dtypes - _NUMBERS)
+        and not any(any(map(exception, tensors)) for exception in _EXCEPTIONS)
     )
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, found: Capture) -> None:
-        super().__init__(file, _PROTOCOL)
-        self._found = found
+def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]], *, careful: bool) -> bytes:
+    """Return `obj` pickled, with a leaf for each tensor and each storage, which are added to the lists in the order of the leaves.
 
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is torch.Tensor:
-            return (_leaf, (self._found._tensor(obj),)) if _is_plain(obj) else NotImplemented
-        if isinstance(obj, torch.UntypedStorage):
-            return _leaf, (self._found._bare(obj, None),)
-        if isinstance(obj, torch.TypedStorage):
-            return _leaf, (self._found._bare(obj._untyped_storage, obj.dtype),)  # the public `untyped` warns that it will change
+    Args:
+        careful: look first whether a tensor is plain.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file, _PROTOCOL)
+    found, plain = tensors.append, torch.Tensor
+
+    def reduced(part: Any) -> Any:
+        if type(part) is plain and not (careful and not _are_plain([part])):
+            found(part)
+            return _TENSOR
+        if isinstance(part, torch.UntypedStorage):
+            bare.append((part, None))
+            return _STORAGE
+        if isinstance(part, torch.TypedStorage):
+            bare.append((part._untyped_storage, part.dtype))  # the public `untyped` warns that it will change
+            return _STORAGE
+        if hasattr(type(part), "full_tensor"):
+            refuse_parts(obj)
         return NotImplemented
 
+    pickler.reducer_override = reduced
+    try:
+        pickler.dump(obj)
+    except NotSerializable:
+        raise
+    except Exception as exc:
+        problem = refusal(exc, obj)
+        if problem is None:
+            raise
+        raise NotSerializable(problem) from exc
+    finally:
+        del pickler.reducer_override  # which holds what is live
+    return file.getvalue()
 
-def _leaf(number: int) -> Any:
-    """Stand for a tensor or storage in the pickle, which only `_Unpickler` reads."""
+
+class _Pickler(pickle.Pickler):
+    reducer_override: Any
+
+
+def _tensor() -> Any:
+    """Stand for the next tensor in the pickle, which only `_Unpickler` reads."""
     raise NotImplementedError
 
 
+def _storage() -> Any:
+    """Stand for the next storage."""
+    raise NotImplementedError
+
+
+_TENSOR, _STORAGE = (_tensor, ()), (_storage, ())
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, leaves: Sequence[tuple[Any, ...]], copies: Sequence[torch.UntypedStorage]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: Iterator[tuple[Any, ...]], bare: Iterator[tuple[Any, ...]]) -> None:
         super().__init__(file)
-        self._leaves = leaves
-        self._copies = copies
+        self._tensors = tensors
+        self._bare = bare
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (__name__, _leaf.__name__):
-            return self._leaf
+        if module == __name__:
+            return {_tensor.__name__: self._tensor, _storage.__name__: self._storage}[name]
         return super().find_class(module, name)
 
-    def _leaf(self, number: int) -> Any:
-        index, dtype, *layout = self._leaves[number]
-        copy = self._copies[index]
-        if layout:
-            return torch.empty(0, dtype=dtype, device="cpu").set_(copy, *layout)
+    def _tensor(self) -> Any:
+        copy, dtype, offset, shape, stride = next(self._tensors)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(copy, offset, shape, stride)
+
+    def _storage(self) -> Any:
+        copy, dtype = next(self._bare)
         if dtype is None:
             return copy
         return torch.TypedStorage(wrap_storage=copy, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]

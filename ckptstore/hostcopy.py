@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ _ALIGNMENT = 64
 _SHORT = 1 << 18
 """Bytes. To copy less, the GIL is kept: letting go of it may cost more than the copy, if somebody else takes it."""
 
+_version = attrgetter("_version")  # as the notes on autograd tell of it
 _HOST = torch.device("cpu")
 
 _move_keeping_gil = ctypes.PyDLL(None).memmove
@@ -63,6 +66,15 @@ class Buffers:
 
     def __init__(self) -> None:
         self._free: Buffer | None = None
+        self._layout: tuple[list[int], list[int], int] = [], [], 0
+
+    def layout(self, sizes: list[int]) -> tuple[list[int], int]:
+        """Return where in a buffer things of these sizes begin, one behind the other, and the size of all; remembers the last answer."""
+        known, starts, end = self._layout
+        if known != sizes:
+            *starts, end = accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
+            self._layout = sizes, starts, end
+        return starts, end
 
     def take(self, size: int, pinned: bool) -> Buffer:
         """Return a buffer of at least `size` bytes."""
@@ -89,33 +101,29 @@ class HostCopy:
         checked: compare the checksum of what will be copied later with that of what is there now.
     """
 
-    def __init__(self, storages: Sequence[torch.UntypedStorage], buffers: Buffers, later: Container[int], checked: bool) -> None:
+    def __init__(self, storages: Sequence[torch.UntypedStorage], buffers: Buffers, later: Sequence[int], checked: bool) -> None:
         self._sources = list(storages)
-        self._sizes = [s.nbytes() for s in storages]
-        self._starts: list[int] = []
-        end = 0
-        for size in self._sizes:
-            self._starts.append(end)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._sizes = list(map(torch.UntypedStorage.nbytes, storages))
+        self._starts, end = buffers.layout(self._sizes)
         devices = {s.device for s in storages} - {_HOST}
         self._locations: list[str | None] = [None] * len(storages)
         if devices:
             self._locations = [None if s.device == _HOST else torch.serialization.location_tag(s) for s in storages]
         self._streams = {device: _stream(device) for device in devices}
-        self._now = [n for n in range(len(storages)) if n not in later]
-        self._later = [n for n in range(len(storages)) if n in later]
-        self._watched: list[tuple[int, torch.Tensor, int]] = []
+        self._later = later
+        self._now = sorted({*range(len(storages))} - {*later})
+        self._watched: tuple[Sequence[int | None], Sequence[torch.Tensor], Sequence[int]] = [], [], []
         self._complete = False
         self._over = threading.Lock()  # not an Event: see `workers`
         self._over.acquire()
         self._problem: tuple[int, str] | None = None
-        host = [n for n in self._later if self._locations[n] is None and self._sizes[n]]
-        self._sums = {n: crc64nvme(_memory(self._sources[n])) for n in host} if checked else {}
+        host = [n for n in later if self._locations[n] is None and self._sizes[n]] if checked else []
+        self._sums = {n: crc64nvme(_memory(self._sources[n])) for n in host}
         self._buffer = buffers.take(end, any(d.type == "cuda" for d in devices))
 
-    def watch(self, tensors: Iterable[tuple[int, torch.Tensor]]) -> None:
-        """Find out later whether torch has changed one of these, each given with the number of its storage, before it was copied."""
-        self._watched = [(number, tensor, tensor._version) for number, tensor in tensors]  # as the notes on autograd tell of it
+    def watch(self, numbers: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> None:
+        """Find out later whether torch has changed one of `tensors` before it was copied; `numbers` are those of their storages, if any."""
+        self._watched = numbers, tensors, list(map(_version, tensors))
 
     def copy_now(self) -> None:
         """Copy what may change as soon as this returns."""
@@ -127,9 +135,9 @@ class HostCopy:
         """Copy the rest."""
         if not self._complete:
             self._copy(self._later)
-            changed = [n for n, tensor, version in self._watched if tensor._version != version]
-            if changed:
-                self._problem = changed[0], "torch has counted a change in place"
+            for number, tensor, version in zip(*self._watched, strict=True):
+                if tensor._version != version and number is not None:
+                    self._problem = number, "torch has counted a change in place"
             self._let_go()
 
     def wait(self) -> None:
@@ -194,7 +202,7 @@ class HostCopy:
                 stream.synchronize()
 
     def _let_go(self) -> None:
-        self._sources, self._watched, self._streams = [], [], {}
+        self._sources, self._watched, self._streams = [], ([], [], []), {}
         if not self._complete:
             self._complete = True
             self._over.release()

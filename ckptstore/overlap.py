@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,37 +37,48 @@ def as_optimizers(given: Any) -> list[Optimizer]:
     return found
 
 
-def stable_tensors(optimizers: Sequence[Optimizer]) -> dict[int, list[torch.Tensor]]:
-    """Return, by the id of their storage, the tensors that only a step of `optimizers` changes: parameters and optimizer state.
+def stable_tensors(optimizers: Sequence[Optimizer]) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
+    """Return the tensors that only a step of `optimizers` changes, parameters and optimizer state, and of each the id of its storage.
 
     Left out are those whose storage holds something else as well, what shares memory with a gradient, and everything if this is called
     inside a step (by a closure, for one).
     """
     if _inside_a_step(optimizers):
-        return {}
-    found: dict[int, list[torch.Tensor]] = {}
-    covered: dict[int, dict[tuple[int, int], int]] = {}
-    for tensor in _tensors(optimizers):
-        if type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_inference():
-            storage, size = tensor.untyped_storage(), tensor.nbytes
-            found.setdefault(id(storage), []).append(tensor)
-            if size != storage.nbytes():
-                covered.setdefault(id(storage), {})[tensor.data_ptr(), size] = size
-    for key, parts in covered.items():
-        tensors = found[key]
-        size = tensors[0].untyped_storage().nbytes()
-        if sum(parts.values()) < size and not any(t.nbytes == size for t in tensors):
-            del found[key]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None and gradient.layout is torch.strided and found:
-                    found.pop(id(gradient.untyped_storage()), None)
-    return found
+        return (), ()
+    # As in `capture`: the training waits, so one thing after the other is asked of all tensors at once.
+    tensors = list(_tensors(optimizers))
+    if not set(map(type, tensors)) <= _PLAIN or set(map(_layout, tensors)) - {torch.strided}:
+        tensors = [t for t in tensors if type(t) in _PLAIN and t.layout is torch.strided]
+    if any(map(torch.Tensor.is_inference, tensors)):
+        tensors = [t for t in tensors if not t.is_inference()]
+    storages = list(map(torch.Tensor.untyped_storage, tensors))
+    keys, sizes = list(map(id, storages)), list(map(torch.UntypedStorage.nbytes, storages))
+    others = _gradients(optimizers)
+    if sizes != list(map(_nbytes, tensors)):
+        others |= _partly_held(tensors, keys, sizes)
+    if not others.isdisjoint(keys):
+        tensors = [t for t, key in zip(tensors, keys, strict=True) if key not in others]
+        keys = [key for key in keys if key not in others]
+    return keys, tensors
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def _gradients(optimizers: Sequence[Optimizer]) -> set[int]:
+    """Return the ids of the storages of gradients."""
+    gradients = [p.grad for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return {id(g.untyped_storage()) for g in gradients if g is not None and g.layout is torch.strided}
+
+
+def _partly_held(tensors: Sequence[torch.Tensor], keys: Sequence[int], sizes: Sequence[int]) -> set[int]:
+    """Return the ids of those storages of `tensors`, given with their ids and bytes, of which something is left to others."""
+    held: dict[int, dict[tuple[int, int], int]] = {}
+    for tensor, key in zip(tensors, keys, strict=True):
+        held.setdefault(key, {})[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
+    whole = dict(zip(keys, sizes, strict=True))
+    return {key for key, parts in held.items() if sum(parts.values()) < whole[key] and whole[key] not in parts.values()}
+
+
+_layout, _nbytes = attrgetter("layout"), attrgetter("nbytes")
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 """Others may have their numbers elsewhere."""
 
 

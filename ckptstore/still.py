@@ -37,13 +37,13 @@ class Still:
 
     def copy(self, place: Place, checked: bool) -> None:
         """Copy what may change when this returns. The next step of an optimizer waits for the rest."""
-        storages = self._capture.storages
-        stable = stable_tensors(self._optimizers) if self._optimizers else {}
-        later = {n: stable[id(s)] for n, s in enumerate(storages) if id(s) in stable} if stable else {}
+        keys, tensors = stable_tensors(self._optimizers) if self._optimizers else ((), ())
+        numbers = list(map(self._capture.numbers.get, keys))
+        later = sorted({n for n in numbers if n is not None})
         self._place = place
-        copy = self._copy = HostCopy(storages, place.buffers, later, checked)
+        copy = self._copy = HostCopy(self._capture.storages, place.buffers, later, checked)
         if later:
-            copy.watch((n, tensor) for n, tensors in later.items() for tensor in tensors)
+            copy.watch(numbers, tensors)
             place.gate.close_for(copy, self._optimizers)
         copy.copy_now()
         self._capture.forget_live()

@@ -67,6 +67,11 @@ def _with_attribute() -> Any:
     return tensor
 
 
+def _mixed() -> Any:
+    one, two = torch.arange(3.0), torch.arange(4.0)
+    return [torch.ones(5).untyped_storage(), two, two.storage(), one, torch.eye(2).untyped_storage(), torch.eye(2).to_sparse()]
+
+
 def _model() -> Any:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     optimizer = torch.optim.Adam(model.parameters())
@@ -106,6 +111,8 @@ STATES: dict[str, Callable[[], Any]] = {
     "negative view": lambda: torch.view_as_complex(torch.arange(8.0).view(4, 2)).conj().imag,
     "meta": lambda: torch.empty(3, device="meta"),
     "storages": lambda: [torch.arange(3.0).untyped_storage(), torch.arange(3.0).storage()],
+    "storages among tensors": _mixed,
+    "one with a gradient among others": lambda: [torch.ones(2), torch.ones(2, requires_grad=True), torch.zeros(3)],
     "shared memory": lambda: torch.arange(3.0).share_memory_(),
     **{str(dtype): lambda dtype=dtype: torch.empty(16, dtype=torch.uint8).fill_(1).view(dtype) for dtype in DTYPES},  # type: ignore[misc]
 }
