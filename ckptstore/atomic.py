@@ -10,6 +10,7 @@ from typing import IO, Any, cast
 
 from .errors import Ambiguous, NotFound, UsageError
 from .posix import Folders, NewFile, mapped_errors, write_all
+from .snapshot import refuse_parts
 
 __all__ = ["atomic_torch_save"]
 
@@ -23,12 +24,14 @@ def atomic_torch_save(obj: object, path: str | os.PathLike[str], **torch_save_kw
 
     Raises:
         UsageError: `path` is not a path, or is something other than a regular file.
+        NotSerializable: there is a DTensor in `obj` of which this process has only a part.
         NotFound: its folder does not exist.
         StorageFull, PermissionDenied, BackendError: the disk would not take it.
         Ambiguous: the new file is in place, but its folder could not be flushed: a power cut may bring the old one back.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(path := os.fspath(path), str) or not path or "\0" in path:
         raise UsageError("atomic_torch_save needs a path (str or os.PathLike); give the path, or use torch.save for an open file")
+    refuse_parts(obj)
     with mapped_errors("save", path):
         new, mode = _open_beside(os.path.realpath(path), path)
     with new:

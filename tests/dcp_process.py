@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from ckptstore import Store
+from ckptstore import Store, atomic_torch_save
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import BackendError, FallbackWarning, NotSerializable
 from ckptstore.testing import Fault, FaultyBackend
@@ -293,21 +293,29 @@ def save_how(channel: Channel, rank: int, url: str, how: str) -> Any:
         return store.save(state, step=1, process_group=dist.group.WORLD).id
 
 
-def save_parts(channel: Channel, rank: int, url: str) -> Any:
-    """Save on one rank what all ranks have parts of, which is refused, and what each has all of."""
+def save_parts(channel: Channel, rank: int, url: str, file: str) -> Any:
+    """Try on one rank, in each way there is, to save what all ranks have parts of; then save what each has all of."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    told: Any = None
+    told: dict[str, str] = {}
     with Store(url) as store:
         parts = sharded(1.0)["a"]
         same = distribute_tensor(torch.ones(3), mesh, [Replicate()])
         cycle: dict[str, Any] = {"deep": [{"x": parts}]}
         cycle["self"] = cycle
         if rank == 0:
-            try:
-                store.save(cycle)
-            except NotSerializable as exc:
-                told = str(exc)
+            ways: dict[str, Any] = {
+                "save": store.save,
+                "save_async": lambda state: store.save_async(state).result(),
+                "atomic_torch_save": lambda state: atomic_torch_save(state, file),
+            }
+            for way, save in ways.items():
+                try:
+                    save(cycle)
+                except NotSerializable as exc:
+                    told[way] = str(exc)
             store.save({"x": same}, "same")
+            store.save_async({"x": same}, "same-async").result()
+            atomic_torch_save({"x": same}, file)
             store.save({"x": parts.to_local()}, "rank-0")
         dist.barrier()
     return told
@@ -417,7 +425,7 @@ import os, signal, sys, warnings
 import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from ckptstore import Store
+from ckptstore import Store, atomic_torch_save
 
 dist.init_process_group("gloo")
 rank, restarts = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
