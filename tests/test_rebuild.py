@@ -188,7 +188,7 @@ def test_random_damage_makes_the_same_as_torch_or_nothing() -> None:
             continue
         made += 1
         assert_same(ours, torchfile.load(data))
-    assert made > 100
+    assert made > 50
 
 
 def test_the_pickle_that_torch_writes_is_read_by_the_fast_way() -> None:
