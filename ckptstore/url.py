@@ -14,6 +14,8 @@ from .errors import InvalidOption, InvalidURL
 __all__ = ["StoreURL", "parse_url", "unknown_option"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_USER_INFO = re.compile(r"[^/]*@|[^/:]*:(?!\d*(?:/|$)).*@", re.DOTALL)
+"""Something before an ``@``: also a password with a slash in it, unquoted, but not a port and then a path with an ``@``."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
     body, _, query = text.partition("?")
     match = _SCHEME.fullmatch(body)
     scheme, location = (match[1].lower(), match[2]) if match else ("file", body)
-    if match and "@" in location.partition("/")[0]:
+    if match and _USER_INFO.match(location):
         raise InvalidURL(
             f"the {scheme}:// URL has user information before '@'; give credentials by the environment, never in a URL"
         )

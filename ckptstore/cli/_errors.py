@@ -19,13 +19,15 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 """128 + SIGPIPE, as a shell has it."""
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]*@")
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s]*:\S*|[^/\s@]*)@")
+"""Also with a password that has a slash or an ``@`` in it."""
+_SECRET_OPTION = re.compile(r"(?i)([?&][^=&\s]*(?:key|secret|token|pass|pwd|cred|sig|connection)[^=&\s]*=)[^&\s'\"]+")
 
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Return the exit status for `error` and one line that says what to do."""
     status, message = _explain(error)
-    return status, _USER_INFO.sub("…@", message)
+    return status, _SECRET_OPTION.sub(r"\1…", _USER_INFO.sub("…@", message))  # typed in the wrong place, too
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
