@@ -2,8 +2,8 @@
 
 ``python mutant_runs.py`` tries all of them, and lists those that no test notices; ``python mutant_runs.py log.py gc.py`` those of some
 modules. First the tests are run as they are, to see which of them comes by which line. A mutant is a copy of the package in which one
-module has one mistake; the tests that come by it are run, the shortest first, in a fork of a process that has imported what takes long,
-until one fails.
+module has one mistake; the tests that come by it are run, the shortest first, until one fails: in a process that has collected them
+already (see `mutant_server`), and if that cannot be, or none fails, once more in one that imports the mutant from the start.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import json
 import os
 import select
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from mutant_server import UNTRIED, end, forked, import_anew, run_pytest, served, short, take_down
 from mutants import MODULES, PACKAGE, Mutant, mutants_of
 
 __all__ = ["EQUIVALENT", "Survey", "Verdict", "survey", "try_out"]
@@ -31,11 +30,12 @@ __all__ = ["EQUIVALENT", "Survey", "Verdict", "survey", "try_out"]
 TESTS = Path(__file__).parent
 EQUIVALENT = TESTS / "mutants_equivalent.json"
 """Mutants that do what the original does as far as anybody can tell, each with the reason."""
-LIMIT = 300.0
-"""Seconds after which tests that have not ended count as failed: many mistakes make something wait for ever."""
+LIMIT = 60.0
+"""Seconds after which a test that usually ends at once counts as failed: many mistakes make something wait for ever."""
+SHORT = 10.0
+"""Seconds of tests that a mutant gets which is said to be equivalent."""
 _OTHER_PROCESSES = ("test_local_flushes.py", "test_hostile.py", "test_crash_states.py", "test_fencing.py", "test_every_call.py")
 """Test files that have other processes do the work."""
-_OURS = frozenset(p.stem for p in TESTS.glob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -83,91 +83,64 @@ def survey(files: Iterable[str]) -> Survey:
         return Survey.from_json((place / "found").read_text())
 
 
-def try_out(mutants: Iterable[Mutant], known: Survey, limit: float = LIMIT) -> Iterator[Verdict]:
-    """Run each mutant's tests until one fails."""
-    import torch  # noqa: F401  # forks share what has been imported
-
+def try_out(mutants: Sequence[Mutant], known: Survey, equivalent: Container[str] = ()) -> Iterator[Verdict]:
+    """Run each mutant's tests until one fails; only the short ones if it is said to be `equivalent`."""
+    plan = []
     for mutant in mutants:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-            by = _try(mutant, Path(folder), known.tests_of(mutant), limit)
-        yield Verdict(mutant.key, by, time.monotonic() - started)
+        tests = known.tests_of(mutant)
+        if mutant.key in equivalent:
+            tests = [t for t, so_far in zip(tests, accumulate(known.seconds[t] for t in tests), strict=True) if so_far < SHORT]
+        plan.append((mutant, [(test, LIMIT + 30 * known.seconds[test]) for test in tests]))
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
+        for (mutant, by), (_, tests) in zip(served(plan, Path(folder)), plan, strict=True):
+            if by == UNTRIED or not (by or mutant.key in equivalent):
+                with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as alone:
+                    by = _try(mutant, Path(alone), tests)
+            yield Verdict(mutant.key, by, time.monotonic() - begun)
+            begun = time.monotonic()
 
 
-def _try(mutant: Mutant, place: Path, tests: Sequence[str], limit: float) -> str:
+def _try(mutant: Mutant, place: Path, tests: Sequence[tuple[str, float]]) -> str:
     if not tests:
         return ""
     shutil.copytree(PACKAGE, place / "ckptstore")
     (place / "ckptstore" / mutant.module).write_text(mutant.source)
-    status, lines = _forked(place, limit, lambda: _run(place, tests))
+    names = [test for test, _ in tests]
+    status, lines = _forked(place, LIMIT + sum(seconds for _, seconds in tests) / 10, lambda: _run(place, names))
     if status is None:
         return "the time limit"
     if status == 0:
         return ""
-    assert status != 5, f"there are no such tests: {tests}"
+    assert status != 5, f"there are no such tests: {names}"
     return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), f"status {status}: {lines[-1:]}")[:200]
 
 
 def _forked(place: Path, limit: float, call: Callable[[], int]) -> tuple[int | None, list[str]]:
-    """Make a call in a fork and a session of its own; return its exit status, None after `limit` seconds, and what it printed."""
-    log = place / "log"
-    out = os.open(log, os.O_WRONLY | os.O_CREAT)
-    pid = os.fork()
-    if not pid:
-        status = 99
-        try:
-            os.setsid()
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            status = call()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    os.close(out)
+    """Make a call in a fork; return its exit status, None after `limit` seconds, and what it printed."""
+    pid, log = forked(place, call)
     pidfd = os.pidfd_open(pid)
-    try:
-        ended = select.select([pidfd], [], [], limit)[0]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGTERM)  # let it take down what it has mounted
-        select.select([pidfd], [], [], 5)
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        os.close(pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    ended = select.select([pidfd], [], [], limit)[0]
+    os.close(pidfd)
+    status = end(pid)
+    take_down(place)
     return status if ended else None, log.read_text(errors="replace").splitlines()
 
 
 def _run(place: Path, tests: Sequence[str]) -> int:
     """Run tests with the package that is in `place`."""
-    for name in [n for n in sys.modules if n.partition(".")[0] == "ckptstore" or n in _OURS]:
-        del sys.modules[name]
-    sys.path[:0] = [str(place), str(TESTS)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    files = sorted({test.partition("::")[0] for test in tests})
-    return _pytest(place, ["-x", *files], _Chosen(tests))
-
-
-def _pytest(place: Path, arguments: Sequence[str], plugin: object) -> int:
-    import pytest
-
-    os.chdir(TESTS)
-    os.environ.pop("CKPTSTORE_EVIDENCE", None)
-    options = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=1", f"--basetemp={place / 'tmp'}"]
-    return int(pytest.main([*options, *arguments], [plugin]))
+    import_anew(place)
+    return run_pytest(place, ["-x", *sorted({test.partition("::")[0] for test in tests})], _Chosen(tests))
 
 
 class _Chosen:
     """Has pytest run some tests, in their order."""
 
     def __init__(self, tests: Sequence[str]) -> None:
-        self._order = {_short(test): n for n, test in enumerate(tests)}
+        self._order = {short(test): n for n, test in enumerate(tests)}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted((i for i in items if _short(i.nodeid) in self._order), key=lambda i: self._order[_short(i.nodeid)])
+        items[:] = sorted((i for i in items if short(i.nodeid) in self._order), key=lambda i: self._order[short(i.nodeid)])
 
 
 class _Watch:
@@ -179,21 +152,13 @@ class _Watch:
         self.failed: set[str] = set()
 
     def pytest_runtest_setup(self, item: Any) -> None:
-        self._coverage.switch_context(_short(item.nodeid))
+        self._coverage.switch_context(short(item.nodeid))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        test = _short(report.nodeid)
+        test = short(report.nodeid)
         self.seconds[test] = self.seconds.get(test, 0.0) + report.duration
         if report.failed:
             self.failed.add(test)
-
-
-def _short(nodeid: str) -> str:
-    return (
-        nodeid.rpartition("/")[2]
-        if "[" not in nodeid
-        else nodeid.partition("[")[0].rpartition("/")[2] + "[" + nodeid.partition("[")[2]
-    )
 
 
 def _watch(place: Path, files: Sequence[str]) -> int:
@@ -203,9 +168,8 @@ def _watch(place: Path, files: Sequence[str]) -> int:
     measured = coverage.Coverage(data_file=None, config_file=False, include=sources, messages=False)
     measured.start()
     watch = _Watch(measured)
-    for name in [n for n in sys.modules if n.partition(".")[0] == "ckptstore" or n in _OURS]:
-        del sys.modules[name]
-    status = _pytest(place, files, watch)
+    import_anew(PACKAGE.parent)
+    status = run_pytest(place, files, watch)
     measured.stop()
     for test in watch.failed:  # it would seem to notice everything
         watch.seconds.pop(test, None)
@@ -249,12 +213,14 @@ def main() -> None:
         if arguments.survey:
             arguments.survey.write_text(json.dumps([known.seconds, known.lines]))
     survivors = 0
-    for verdict in try_out(mutants, known):
-        survivors += not verdict.by
+    equivalent = json.loads(EQUIVALENT.read_text())
+    for verdict in try_out(mutants, known, equivalent):
+        survivors += not verdict.by and verdict.key not in equivalent
         if arguments.json:
             print(json.dumps([verdict.key, verdict.by]), flush=True)
         else:
-            print(f"{verdict.seconds:6.1f} {verdict.key}: {verdict.by or 'SURVIVED'}", flush=True)
+            said = verdict.by or ("equivalent" if verdict.key in equivalent else "SURVIVED")
+            print(f"{verdict.seconds:6.1f} {verdict.key}: {said}", flush=True)
     if not arguments.json:
         print(f"{survivors} of {len(mutants)} survived")
 
