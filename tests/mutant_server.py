@@ -180,13 +180,13 @@ class _Server:
         pidfd = os.pidfd_open(pid)
         with os.fdopen(said, "rb", buffering=0) as lines:
             while not waits:
-                left = max(0.0, begun + limit - time.monotonic())
-                ready = select.select([lines, pidfd], [], [], left)[0]
+                ready = select.select([lines, pidfd], [], [], max(0.0, begun + limit - time.monotonic()))[0]
                 if lines in ready and (line := lines.readline()):
                     what, limit = json.loads(line)
                     begun = time.monotonic()
                     last = last if last.startswith("FAILED") else what
-                elif pidfd in ready:
+                elif ready:  # it has closed the pipe, and so it ends
+                    waits = not select.select([pidfd], [], [], 60.0)[0]
                     break
                 else:
                     waits = True

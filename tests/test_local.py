@@ -29,6 +29,7 @@ from ckptstore.errors import (
     NotFound,
     PermissionDenied,
     StorageFull,
+    StoreWarning,
     Unreadable,
 )
 
@@ -483,3 +484,32 @@ def test_where_the_top_cannot_be_looked_at_the_flushes_above_the_root_end(
     backend = LocalBackend.open(str(tmp_path / "store"), {})
     backend.put_if_absent("log/1", b"x")
     assert backend.get("log/1", 10) == b"x"
+
+
+# -- what the disk says late
+
+
+def test_an_error_as_a_new_version_is_closed_leaves_the_old_one(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota, for one, may be told only then; a shrunk record that was cut short would look like a damaged one."""
+    backend.replace("log/hint", b"old")
+    close = os.close
+
+    def refuse(fd: int) -> None:
+        new = os.readlink(f"/proc/self/fd/{fd}").endswith(posix.PARTIAL)
+        close(fd)
+        if new:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(posix.os, "close", refuse)
+    with pytest.raises(StorageFull):
+        backend.replace("log/hint", b"new")
+    monkeypatch.undo()
+    assert backend.get("log/hint", 100) == b"old"
+    assert _files(Path(backend.root)) == ["log/hint"]
+
+
+def test_a_folder_that_other_hosts_may_write_to_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "file_system", lambda path: "nfs4")
+    backend = LocalBackend.open(str(tmp_path), {})
+    with pytest.warns(StoreWarning, match=f"nfs4.*shared://{tmp_path}"):
+        assert list(backend.list("")) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import new_memory, state_of, store_on, write
+from stores import new_memory, objects, state_of, store_on, write
 
 from ckptstore import Store
 from ckptstore.errors import (
@@ -21,6 +21,7 @@ from ckptstore.errors import (
     CommitUnknown,
     DamagedManifest,
     FallbackWarning,
+    Fenced,
     InvalidName,
     NoAtomicCreate,
     Transient,
@@ -182,6 +183,34 @@ def test_acquiring_needs_a_create_if_absent() -> None:
     with pytest.raises(NoAtomicCreate, match="single_writer=1"):
         store_on(backend).acquire()
     assert not list(backend.list(""))
+
+
+def test_beside_an_owner_nothing_is_written_without_a_create_if_absent() -> None:
+    backend = new_memory()
+    write(store_on(backend))
+    before = dict(objects(backend))
+    backend.capabilities = replace(backend.capabilities, atomic_create=False)
+    with pytest.raises(NoAtomicCreate, match="single_writer=1"), store_on(backend, acquire=False).transaction() as tx:
+        pytest.fail(f"{tx.id} was begun")
+    assert objects(backend) == before
+
+
+def test_a_fenced_job_is_told_so_without_asking_again() -> None:
+    """For good: whatever happens to the storage, or to the newer job's records, after that."""
+    faulty = FaultyBackend(new_memory())
+    job = store_on(faulty)
+    write(job)
+    with store_on(faulty) as newer:
+        newer.acquire()
+    with pytest.raises(Fenced):
+        write(job)
+    asked = faulty.calls.copy()
+    for _ in range(2):
+        with pytest.raises(Fenced, match="stop this job"):
+            job.acquire()
+        with pytest.raises(Fenced, match="stop this job"), job.transaction() as tx:
+            pytest.fail(f"{tx.id} was begun")
+    assert faulty.calls == asked
 
 
 def test_one_hiccup_of_the_disk_does_not_stop_a_job() -> None:
