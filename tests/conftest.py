@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -18,7 +19,7 @@ import pytest
 
 import ckptstore
 
-# -- the soak's evidence: see evidence.py
+# -- a run of the tests, and the soak's evidence: see evidence.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +30,9 @@ _PASSED = pytest.StashKey[set[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # We are a background job of a shell's; so would be the processes that tests start, and then interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     file = Path(os.environ.get(evidence.FILE, ""))
     found = evidence.passed(file.read_text()) if config.getoption("resume") and file.is_file() else set()
     config.stash[_PASSED] = set(getattr(config, "workerinput", {}).get("passed", found))

@@ -3,7 +3,7 @@
 ``python mutant_runs.py`` tries all of them, and lists those that no test notices; ``python mutant_runs.py log.py gc.py`` those of some
 modules. First the tests are run as they are, to see which of them comes by which line. A mutant is a copy of the package in which one
 module has one mistake; the tests that come by it are run, the shortest first, until one fails: in a process that has collected them
-already (see `mutant_server`), and if that cannot be, or none fails, once more in one that imports the mutant from the start.
+already (see `mutant_server`), or, where that cannot be, in one that imports the mutant from the start.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def try_out(mutants: Sequence[Mutant], known: Survey, equivalent: Container[str]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
         for (mutant, by), (_, tests) in zip(served(plan, Path(folder)), plan, strict=True):
-            if by == UNTRIED or not (by or mutant.key in equivalent):
+            if by == UNTRIED:
                 with tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True) as alone:
                     by = _try(mutant, Path(alone), tests)
             yield Verdict(mutant.key, by, time.monotonic() - begun)

@@ -30,6 +30,7 @@ TESTS = Path(__file__).parent
 UNTRIED = "its function cannot be exchanged in a running process"
 Plan = Sequence[tuple[Mutant, Sequence[tuple[str, float]]]]
 """Mutants, each with the tests that it gets and the seconds after which each of these is taken to wait for ever."""
+_FAILED = "FAILED "
 _OURS = frozenset(p.stem for p in TESTS.glob("*.py"))
 
 
@@ -137,30 +138,44 @@ class _Server:
         assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
         items = {short(item.nodeid): item for item in session.items}
         for mutant, tests in self._plan:
-            by = ""
-            if chosen := [items[test] for test, _ in tests if test in items]:
-                file = self._place / "ckptstore" / mutant.module
-                original = file.read_text()
-                file.write_text(mutant.source)
-                said, self._say_to = os.pipe()
-                pid = os.fork()
-                if not pid:
-                    return self._begin(session, mutant, chosen, dict(tests))
-                os.close(self._say_to)
-                by = self._listen(pid, said)
-                file.write_text(original)
+            file = self._place / "ckptstore" / mutant.module
+            original = file.read_text()
+            file.write_text(mutant.source)
+            self._limits = dict(tests)
+            by = self._judge(session, mutant, [items[test] for test, _ in tests if test in items])
+            if by is None:
+                return None
+            file.write_text(original)
             os.write(self._answers, json.dumps(by).encode() + b"\n")
         return True
 
-    def _begin(self, session: Any, mutant: Mutant, chosen: list[Any], limits: dict[str, float]) -> bool | None:
-        """In a fork: have pytest go on with the chosen tests, after which the process ends as the server itself would."""
+    def _judge(self, session: Any, mutant: Mutant, tests: list[Any]) -> str | None:
+        """Return what notices a mutant; None in a fork, where pytest is to go on."""
+        while tests:
+            by = self._run(session, mutant, tests)
+            if by is None or not by.startswith(_FAILED):
+                return by
+            # It counts if it comes again: a test may fail by itself, on a machine that is too busy.
+            at = [short(item.nodeid) for item in tests].index(by.removeprefix(_FAILED))
+            again = self._run(session, mutant, tests[at : at + 1])
+            if again != "":
+                return again and by
+            tests = tests[at + 1 :]
+        return ""
+
+    def _run(self, session: Any, mutant: Mutant, tests: list[Any]) -> str | None:
+        """Run tests of a mutant in a fork, and return what noticed it; None in the fork, where pytest is to go on with them."""
+        said, self._say_to = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(self._say_to)
+            return self._listen(pid, said)
         os.setsid()
         os.close(self._answers)
+        session.items[:] = tests
         if not exchanged(mutant):
             self._say(UNTRIED, 0.0)
-            return True
-        session.items[:] = chosen
-        self._limits = limits
+            session.items.clear()
         return None
 
     def _say(self, what: str, limit: float) -> None:
@@ -171,7 +186,7 @@ class _Server:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            self._say(f"FAILED {short(report.nodeid)}", 60.0)
+            self._say(f"{_FAILED}{short(report.nodeid)}", 60.0)
 
     def _listen(self, pid: int, said: int) -> str:
         """Return what a fork says of its mutant, when it has ended, or waits for too long."""
@@ -184,7 +199,7 @@ class _Server:
                 if lines in ready and (line := lines.readline()):
                     what, limit = json.loads(line)
                     begun = time.monotonic()
-                    last = last if last.startswith("FAILED") else what
+                    last = last if last.startswith(_FAILED) else what
                 elif ready:  # it has closed the pipe, and so it ends
                     waits = not select.select([pidfd], [], [], 60.0)[0]
                     break
@@ -193,7 +208,7 @@ class _Server:
         os.close(pidfd)
         status = end(pid)
         take_down(self._place)
-        if last == UNTRIED or last.startswith("FAILED"):
+        if last == UNTRIED or last.startswith(_FAILED):
             return last
         if waits:
             return f"the time limit, {last.removeprefix('begins ')}"

@@ -262,6 +262,15 @@ def test_data_of_a_damaged_record_is_spared_and_can_be_brought_back(root: Path) 
     assert store.verify() == []
 
 
+def test_beside_a_damaged_record_nothing_is_begun(root: Path) -> None:
+    """A writer that does not acquire could not commit, so it need not write its data first."""
+    spoil(root / slot_key(3))
+    before = tree(root)
+    with pytest.raises(DamagedRecord, match="Nothing was changed"), Store(root, acquire=False).transaction() as tx:
+        pytest.fail(f"{tx.id} was begun")
+    assert tree(root) == before
+
+
 def test_spared_data_that_is_damaged_too_is_not_brought_back(root: Path) -> None:
     lost = ids(root)[-1]
     spoil(root / slot_key(3))
