@@ -119,8 +119,8 @@ class Files:
         """Whether something complete is not yet durable."""
         return bool(self._written)
 
-    def open(self, path: str) -> TransactionFile:
-        """Open a new file for writing bytes.
+    def open(self, path: str, *, fine: bool = False) -> TransactionFile:
+        """Open a new file for writing bytes; `fine` as for `FileSink`.
 
         Raises:
             InvalidName: not a relative path, or taken.
@@ -128,7 +128,8 @@ class Files:
         key = self._take(path)
         backend = self._engine.backend
         writer = backend.open_writer(data_key(self._id, key))
-        sink = FileSink(path, writer, self._engine.workers, backend.capabilities, authentic=self._engine.key is not None)
+        authentic = self._engine.key is not None
+        sink = FileSink(path, writer, self._engine.workers, backend.capabilities, authentic=authentic, fine=fine)
         self._sinks[key] = sink
         return TransactionFile(self, sink, self._before_write)
 

@@ -115,10 +115,16 @@ class StoredFile:
 
     def _pass(self, targets: list[Piece], numbers: Iterable[int]) -> None:
         with opened(self.backend, self.key) as (read_into, block):
-            spans, one = list(self._chunks.spans(numbers, block)), _Pass(self._chunks, read_into, block, targets)
-            for damage in self._workers.map(one, spans) if len(spans) > 1 else map(one, spans):
-                if damage:
-                    raise damage[0]
+            one = _Pass(self._chunks, read_into, block, targets)
+            jobs = list(_jobs(self._chunks.spans(numbers, block), self.backend.capabilities.part_size))
+
+            def several(spans: list[Span]) -> None:
+                for span in spans:
+                    if damage := one(span):
+                        raise damage[0]
+
+            for _ in self._workers.map(several, jobs) if len(jobs) > 1 else map(several, jobs):
+                pass
 
     def whole(self) -> memoryview:
         """Return all of it in memory.
@@ -132,6 +138,20 @@ class StoredFile:
         view = memoryview(mmap.mmap(-1, self.entry.size))
         self.fill([(0, view)])
         return view
+
+
+def _jobs(spans: Iterable[Span], limit: int) -> Iterator[list[Span]]:
+    """Group spans up to `limit` bytes together: to hand one over to another thread costs as much as to read a small one."""
+    job: list[Span] = []
+    total = 0
+    for span in spans:
+        if job and total + span[1] - span[0] > limit:
+            yield job
+            job, total = [], 0
+        job.append(span)
+        total += span[1] - span[0]
+    if job:
+        yield job
 
 
 class Chunks:

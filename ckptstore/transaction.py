@@ -143,7 +143,7 @@ class Transaction:
 
         from . import torchfile
 
-        with self.open(path) as file:
+        with self._open(path, fine=True) as file:
             unsafe = torchfile.save(state, file, locations)
         self._versions["torch"] = torch.__version__
         if unsafe:
@@ -218,11 +218,14 @@ class Transaction:
         Raises:
             InvalidName: not a relative path, or taken.
         """
-        if self._state != "open":
-            raise UsageError("the transaction is not open; use it in a with block")
         if mode != "wb":
             raise UsageError(f"files of a transaction are opened with 'wb', not {mode!r}; wrap it in io.TextIOWrapper for text")
-        return self._files.open(path)
+        return self._open(path)
+
+    def _open(self, path: str, *, fine: bool = False) -> TransactionFile:
+        if self._state != "open":
+            raise UsageError("the transaction is not open; use it in a with block")
+        return self._files.open(path, fine=fine)
 
     def adopt(self, entries: Sequence[FileEntry], unsafe: Mapping[str, list[str]]) -> None:
         """Take in files that other processes of this save have written, and made durable, below ``data/<id>/``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from .checksum import combine, crc32, crc64nvme, sha256
 from .manifest import CHUNK_LIMIT, FileEntry
 from .protocol import Capabilities, PartWriter
@@ -9,7 +11,9 @@ from .workers import Job, Workers, drain
 
 __all__ = ["FileSink"]
 
-_Sums = tuple[int, str]  # the CRC of a chunk, and its SHA-256 or nothing
+_Sums = list[tuple[int, int, str]]  # of each chunk of a part: its length in bytes, its CRC, and its SHA-256 or nothing
+_CUTS = 10_000
+"""After so many chunks within parts they get larger, so that they stay few in a file of terabytes."""
 _Piece = tuple[memoryview, object]  # with what keeps its memory
 
 
@@ -18,10 +22,19 @@ class FileSink:
 
     Small writes are gathered into chunks of the storage's part size; a large one is cut and sent from the caller's own memory. Where parts
     may have any size, a chunk may be several of them, each written from where it lies. Used by one thread.
+
+    With `fine`, a part has several chunks, cut between writes: who wants one tensor of many need not read, and check, eight megabytes.
     """
 
     def __init__(
-        self, path: str, writer: PartWriter, workers: Workers, storage: Capabilities, *, authentic: bool = False
+        self,
+        path: str,
+        writer: PartWriter,
+        workers: Workers,
+        storage: Capabilities,
+        *,
+        authentic: bool = False,
+        fine: bool = False,
     ) -> None:
         self.path = path
         self._authentic = authentic
@@ -33,12 +46,15 @@ class FileSink:
         """Bytes. Shorter pieces are copied together, for each write costs something."""
         self._alone = storage.part_size // 8
         """Bytes. What is as long begins a chunk, so that this tensor can be read, and checked, without the ones before."""
-        self._pieces: list[_Piece] = []  # of the next chunk
+        self._pieces: list[_Piece] = []  # of the next part
         self._copied = bytearray()  # what comes behind them
-        self._gathered = 0  # bytes of the next chunk
+        self._gathered = 0  # bytes of the next part
+        self._fine = fine
+        self._cuts = [0]  # where the chunks of the next part begin
+        self._cut_count = 0
         self._offset = 0  # bytes handed on
         self._parts = 0  # handed on
-        self._chunks: list[tuple[int, Job[_Sums] | _Sums]] = []
+        self._sums: list[Job[_Sums] | _Sums] = []
         self._running: list[Job[_Sums]] = []
 
     @property
@@ -66,6 +82,8 @@ class FileSink:
         if not view.nbytes:  # nothing, of whatever shape
             return crc or 0
         view = view.cast("B")
+        if self._fine:
+            self._begin_chunk(len(view))
         if len(view) < self._least_uncopied(lasting=owner is not None):
             self._copy(view)
             return 0 if crc is None else crc32(view, crc)
@@ -80,6 +98,14 @@ class FileSink:
             drain(self._running)  # they move the caller's memory
             raise
         return crc
+
+    def _begin_chunk(self, coming: int) -> None:
+        """Cut, if there is enough in front of so many bytes: small tensors share a chunk, others have one but for a little before."""
+        waiting = self._gathered - self._cuts[-1]
+        grain = self._worthwhile * (1 + self._cut_count // _CUTS)
+        if waiting >= grain or (waiting > grain // 256 and coming >= grain):
+            self._cuts.append(self._gathered)
+            self._cut_count += 1
 
     def _least_uncopied(self, *, lasting: bool) -> int:
         if not self._any_size:
@@ -135,7 +161,7 @@ class FileSink:
 
     def _part(self) -> int:
         """Return the size of the next part. Where their number is limited they grow: 10 000 from 5 MiB on make 5 TiB."""
-        growth = 1 + max(0, len(self._chunks) - 1000) // 36 if self._storage.max_parts else 1
+        growth = 1 + max(0, len(self._sums) - 1000) // 36 if self._storage.max_parts else 1
         return min(self._storage.part_size * growth, CHUNK_LIMIT)
 
     def _least(self) -> int:
@@ -148,16 +174,16 @@ class FileSink:
 
     def close(self) -> FileEntry:
         """Send what is left and return the file's sizes and checksums. The file is not published yet."""
-        if not self._chunks and self._gathered:  # one small chunk: not worth a thread
+        if not self._sums and self._gathered:  # one small chunk: not worth a thread
             self._seal()
-            self._chunks.append((self._gathered, self._store(0, self._pieces, 0)))
+            self._sums.append(self._store(0, self._pieces, 0, self._cuts))
             self._offset = self._gathered
         else:
             self._send()
             self._settle(self._running)
-        sums = [found if isinstance(found, tuple) else found.result() for _, found in self._chunks]
-        chunks = tuple((n, crc) for (n, _), (crc, _) in zip(self._chunks, sums, strict=True))
-        digests = tuple(digest for _, digest in sums if digest)
+        sums = [one for found in self._sums for one in (found if isinstance(found, list) else found.result())]
+        chunks = tuple((length, crc) for length, crc, _ in sums)
+        digests = tuple(digest for _, _, digest in sums if digest)
         return FileEntry(self.path, self._offset, combine(chunks), chunks, digests=digests)
 
     def abort(self) -> None:
@@ -172,22 +198,27 @@ class FileSink:
         while len(self._running) > self._workers.count:
             self._settle(self._running[:1])
         pieces, self._pieces = self._pieces, []
-        job = self._workers.begin(self._running, self._store, self._offset, pieces, self._parts)
-        self._chunks.append((self._gathered, job))
+        cuts, self._cuts = self._cuts, [0]
+        job = self._workers.begin(self._running, self._store, self._offset, pieces, self._parts, cuts)
+        self._sums.append(job)
         self._parts += len(pieces)
         self._offset += self._gathered
         self._gathered = 0
 
-    def _store(self, offset: int, pieces: list[_Piece], number: int) -> _Sums:
-        digest = sha256(*(view for view, _ in pieces)) if self._authentic else ""
-        crc = 0
-        for view, _ in pieces:  # all before the first write: where they go in order, threads wait there, and need not hash then
-            crc = crc64nvme(view, crc)
+    def _store(self, offset: int, pieces: list[_Piece], number: int, cuts: Sequence[int]) -> _Sums:
+        """Hash and write consecutive pieces, in which chunks begin at `cuts`, counted from their first byte."""
+        # All is hashed before the first write: where pieces go in order, threads wait there, and need not hash then.
+        sums: _Sums = []
+        for chunk in _cut(pieces, cuts):
+            crc = 0
+            for view in chunk:
+                crc = crc64nvme(view, crc)
+            sums.append((sum(map(len, chunk)), crc, sha256(*chunk) if self._authentic else ""))
         for view, _ in pieces:
             self.writer.write(offset, view, number)
             offset += len(view)
             number += 1
-        return crc, digest
+        return sums
 
     def _settle(self, jobs: list[Job[_Sums]]) -> None:
         try:
@@ -198,3 +229,19 @@ class FileSink:
             raise
         settled = set(jobs)
         self._running = [j for j in self._running if j not in settled]
+
+
+def _cut(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Iterator[list[memoryview]]:
+    """Yield the parts of consecutive pieces that make up each of the chunks that begin at `cuts`."""
+    chunk: list[memoryview] = []
+    ends = iter([*cuts[1:], sum(len(view) for view, _ in pieces)])
+    at, end = 0, next(ends)
+    for view, _ in pieces:
+        while view:
+            part = view[: end - at]
+            view = view[len(part) :]
+            chunk.append(part)
+            at += len(part)
+            if at == end:
+                yield chunk
+                chunk, end = [], next(ends, at)
