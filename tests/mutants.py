@@ -27,9 +27,17 @@ _SHARED = (
 )
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "log.py": (*_PROTOCOL, "test_damage.py", "test_hmac.py", "test_protocol_model.py", "test_forged.py"),
+    "log.py": (*_PROTOCOL, "test_bases.py", "test_damage.py", "test_hmac.py", "test_protocol_model.py", "test_forged.py"),
     "epoch.py": (*_PROTOCOL, "test_damage.py", "test_protocol_model.py"),
-    "gc.py": ("test_store.py", "test_damage.py", "test_retention.py", "test_lost_answers.py", "test_protocol_model.py"),
+    "bases.py": ("test_bases.py", "test_log.py", "test_store.py"),
+    "gc.py": (
+        "test_store.py",
+        "test_bases.py",
+        "test_damage.py",
+        "test_retention.py",
+        "test_lost_answers.py",
+        "test_protocol_model.py",
+    ),
     "transaction.py": (*_PROTOCOL, "test_interrupted.py", "test_crash_states.py"),
     "engine.py": (*_PROTOCOL, "test_damage.py", "test_hmac.py", "test_forged.py"),
     "retention.py": ("test_retention.py", "test_store.py"),

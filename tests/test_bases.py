@@ -405,3 +405,23 @@ def test_a_base_larger_than_a_record_may_be_is_refused_by_its_reader(early: None
     monkeypatch.setattr(bases, "RECORD_LIMIT", 1000)
     with keep_all(backend) as reader, pytest.raises(BackendError):
         list(reader)
+
+
+# --- what those leave in the log that died
+
+
+def test_gc_takes_from_the_log_what_can_be_of_no_use_any_more_and_nothing_else(early: None) -> None:
+    backend, _ = filled(EVERY + 2)
+    n = state_of(backend).n
+    dead = [
+        f"{slot_key(n)}.0123456789abcdef.partial",
+        "log/hint.0123456789abcdef.partial",
+        *bases.base_keys(f"{n:012d}-{'0' * 12}"),
+    ]
+    alive = [f"{slot_key(n + 1)}.0123456789abcdef.partial", *bases.base_keys(f"{n + 1:012d}-{'0' * 12}")]
+    before = set(objects(backend))
+    assert len(base_objects(backend)) == 2
+    objects(backend).update(dict.fromkeys([*dead, *alive], b"begun"))
+    with store_on(backend, acquire=False) as tool:
+        tool.gc()
+    assert set(objects(backend)) == before | {*alive}
