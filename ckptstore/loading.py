@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import archive, rebuild, torchfile
+from . import archive, rebuild, torchload
 from .archive import Record
 from .errors import NotFound, UsageError
 from .reading import Piece, StoredFile
@@ -44,14 +44,14 @@ def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) 
 
     Raises:
         DamagedFile
-        UnsafeContent, RuntimeError: see `torchfile.load`.
+        UnsafeContent, RuntimeError: see `torchload.load`.
     """
     try:
         plain = PlainFile(file, map_location, name)
         return rebuild.fill(plain.value, plain.read(plain.tensors()))
     except NotPlain:
         pass
-    return torchfile.load(file.whole(), map_location=map_location, weights_only=weights_only, name=name)
+    return torchload.load(file.whole(), map_location=map_location, weights_only=weights_only, name=name)
 
 
 def load_tensors(file: StoredFile, names: Sequence[str], *, weights_only: bool, name: str) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import archive, rebuild, torchfile
+from . import archive, rebuild, torchload
 from .errors import UsageError
 from .loading import PlainFile, new_storage, writable
 from .protocol import LocalFiles
@@ -79,7 +79,7 @@ def _load_any(file: StoredFile, fd: int, lazy: bool, map_location: Any, weights_
     else:
         with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
             archive.check(view, name)
-    return torchfile.load_open(f"/proc/self/fd/{fd}", map_location, weights_only, name, mmap=True)
+    return torchload.load_open(f"/proc/self/fd/{fd}", map_location, weights_only, name, mmap=True)
 
 
 def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[[Any], Iterable[Any]]) -> Any:

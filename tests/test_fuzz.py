@@ -344,7 +344,9 @@ def test_programs_of_a_pickle(examples: int) -> None:
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 import json, random, warnings
 from torch import _weights_only_unpickler
+from contextlib import suppress
 from test_hostile import EIGHT, HUGE, PICKLES, archive, call, name, number, program, storage, tensor, text, tup
+from test_rebuild import NotPlain, rebuilt
 
 warnings.simplefilter("ignore")
 known = sorted(_weights_only_unpickler._get_allowed_globals()) + ["os.system"]
@@ -386,7 +388,7 @@ counts = {{}}
 for _ in range({examples}):
     body = b"Nq\\x00]q\\x01)q\\x02" + value(3)
     try:
-        torchfile.load(archive(program(body), EIGHT))
+        torchload.load(archive(program(body), EIGHT))
         kind = "loaded"
     except UnsafeContent:
         kind = "refused"

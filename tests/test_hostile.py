@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptstore import torchfile
+from ckptstore import torchfile, torchload
 from ckptstore.errors import UnsafeContent
 
 HUGE = 10**12
@@ -153,16 +153,16 @@ PICKLES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("body", "why"), PICKLES.values(), ids=PICKLES.keys())
 def test_pickles_that_ask_for_too_much(body: bytes, why: str, weights_only: bool) -> None:
     with pytest.raises(UnsafeContent, match=why) as caught:
-        torchfile.load(archive(program(body), EIGHT), name="x/state.pt", weights_only=weights_only)
+        torchload.load(archive(program(body), EIGHT), name="x/state.pt", weights_only=weights_only)
     assert str(caught.value).startswith("refused to load x/state.pt")
 
 
 def test_a_pickle_cut_off_anywhere() -> None:
     whole = program(tensor([2], [1]))
-    assert torch.equal(torchfile.load(archive(whole, EIGHT)), torch.zeros(2))
+    assert torch.equal(torchload.load(archive(whole, EIGHT)), torch.zeros(2))
     for length in range(len(whole)):
         with pytest.raises(UnsafeContent):
-            torchfile.load(archive(whole[:length], EIGHT))
+            torchload.load(archive(whole[:length], EIGHT))
 
 
 class Runs:
@@ -179,11 +179,11 @@ def test_code_is_not_run_and_named(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save({"a": torch.ones(1), "b": Runs(tmp_path / "ran")}, file)
     with pytest.raises(UnsafeContent, match=r"(posix|nt)\.system.*weights_only=False"):
-        torchfile.load(file.getvalue())
+        torchload.load(file.getvalue())
     with torch.serialization.safe_globals([os.system]), pytest.raises(UnsafeContent):
-        torchfile.load(file.getvalue())  # torch never allows that module
+        torchload.load(file.getvalue())  # torch never allows that module
     assert not (tmp_path / "ran").exists()
-    torchfile.load(file.getvalue(), weights_only=False)
+    torchload.load(file.getvalue(), weights_only=False)
     assert (tmp_path / "ran").exists(), "the file did what it was made for only when trusted"
 
 
@@ -201,12 +201,12 @@ NONSENSE = {
 @pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE.keys())
 def test_well_formed_nonsense_gets_our_error(body: bytes) -> None:
     with pytest.raises(UnsafeContent):
-        torchfile.load(archive(program(body), EIGHT))
+        torchload.load(archive(program(body), EIGHT))
 
 
 def test_a_name_that_plays_with_the_terminal_is_escaped() -> None:
     with pytest.raises(UnsafeContent) as caught:
-        torchfile.load(archive(program(name("evil\x1b[2J", "x" * 5000))))
+        torchload.load(archive(program(name("evil\x1b[2J", "x" * 5000))))
     assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 2000
 
 
@@ -306,7 +306,7 @@ def zip64(where: int) -> bytes:
 @pytest.mark.parametrize(("make", "why"), ARCHIVES.values(), ids=ARCHIVES.keys())
 def test_archives_that_torch_does_not_write(make: Callable[[], bytes], why: str, weights_only: bool) -> None:
     with pytest.raises(UnsafeContent, match=why):
-        torchfile.load(make(), weights_only=weights_only)
+        torchload.load(make(), weights_only=weights_only)
 
 
 def test_overlapping_entries() -> None:
@@ -320,7 +320,7 @@ def test_overlapping_entries() -> None:
         ghost.header_offset, ghost.file_size, ghost.compress_size, ghost.CRC = inner, 100, 100, 0
         out.filelist.append(ghost)
     with pytest.raises(UnsafeContent, match="overlap"):
-        torchfile.load(file.getvalue())
+        torchload.load(file.getvalue())
 
 
 def zipfile_entry(path: str, data: bytes) -> bytes:
@@ -334,7 +334,7 @@ CHILD = """
 import resource, sys
 sys.path[:0] = [{root!r}]
 import torch
-from ckptstore import torchfile
+from ckptstore import torchfile, torchload
 from ckptstore.errors import UnsafeContent
 
 def status(key):
@@ -366,14 +366,14 @@ def test_the_whole_corpus_within_twice_its_size(tmp_path: Path) -> None:
 import pathlib
 files = [path.read_bytes() for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir())]
 torch.save({{"t": torch.ones(3)}}, "{tmp_path}/warm.pt")
-torchfile.load(open("{tmp_path}/warm.pt", "rb").read())
+torchload.load(open("{tmp_path}/warm.pt", "rb").read())
 limit = status("VmSize:") + (2 * {largest}) + (16 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 refused = 0
 for data in files:
     for weights_only in (True, False):
         try:
-            torchfile.load(data, weights_only=weights_only)
+            torchload.load(data, weights_only=weights_only)
         except UnsafeContent:
             refused += 1
 print(refused, len(files))
@@ -400,7 +400,7 @@ print(status("VmHWM:") - before - sink.n)
 del state
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak
 before = status("VmRSS:")
-state = torchfile.load(memoryview(sink.data)[: sink.n])
+state = torchload.load(memoryview(sink.data)[: sink.n])
 print(status("VmHWM:") - before - (1 << 28))
 """)
     saving, loading = map(int, out.split())
@@ -425,7 +425,7 @@ for _ in range(1500):
     for _ in range(rng.randint(1, 3)):
         bad[rng.randrange(len(bad))] = rng.choice((rng.randrange(256), 0x28, 0x52, 0x71, 0x68, 0x74, 0x51, 0xFF))
     try:
-        torchfile.load(bad)
+        torchload.load(bad)
         kind = "loaded"
     except (UnsafeContent, RuntimeError) as exc:
         kind = type(exc).__name__
@@ -471,4 +471,4 @@ def test_random_pickles_of_plain_objects_are_never_refused() -> None:
         obj = [value(4) for _ in range(5)]
         file = io.BytesIO()
         assert torchfile.save(obj, file) == ()
-        assert repr(torchfile.load(file.getvalue())) == repr(obj)
+        assert repr(torchload.load(file.getvalue())) == repr(obj)

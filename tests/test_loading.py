@@ -14,7 +14,7 @@ import pytest
 import stores
 import torch
 
-from ckptstore import Store, loading, torchfile
+from ckptstore import Store, loading, torchload
 from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, UsageError
 from ckptstore.protocol import LocalFiles
 from ckptstore.testing import FaultyBackend
@@ -60,7 +60,7 @@ def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("the file was read whole")
 
-    monkeypatch.setattr(torchfile, "load", refuse)
+    monkeypatch.setattr(torchload, "load", refuse)
 
 
 @pytest.mark.parametrize("place", ["memory", "local"])

@@ -24,10 +24,12 @@ MAY_IMPORT_TORCH = {
     "loading",
     "mapped",
     "overlap",
+    "rebuild",
     "rng",
     "sampler",
     "still",
     "torchfile",
+    "torchload",
     "unpicklable",
 }
 """Modules of ckptstore that import torch when they are imported; all others work without."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptstore import rng, torchfile
+from ckptstore import rng, torchfile, torchload
 from ckptstore.errors import StateMismatch, StoreWarning
 
 
@@ -40,7 +40,7 @@ def draw() -> list[Any]:
 def through_a_file(state: Any) -> Any:
     file = io.BytesIO()
     assert torchfile.save(state, file) == ()
-    return torchfile.load(file.getvalue())
+    return torchload.load(file.getvalue())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -67,14 +67,14 @@ def test_a_capture_does_not_follow_later_draws() -> None:
 def test_another_bit_generator_of_numpy() -> None:
     code = """
 import io, numpy as np
-from ckptstore import rng, torchfile
+from ckptstore import rng, torchfile, torchload
 for kind in (np.random.PCG64, np.random.Philox, np.random.SFC64):
     np.random.set_bit_generator(kind(3))
     np.random.random(5)
     file = io.BytesIO()
     assert torchfile.save(rng.capture(), file) == ()
     expected = np.random.random(9).tolist()
-    rng.restore(torchfile.load(file.getvalue()))
+    rng.restore(torchload.load(file.getvalue()))
     assert np.random.random(9).tolist() == expected, kind
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rng.__file__).parents[1])

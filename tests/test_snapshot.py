@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptstore import snapshot, torchfile
+from ckptstore import snapshot, torchfile, torchload
 from ckptstore.errors import StateMismatch
 
 Pair = collections.namedtuple("Pair", "first second")
@@ -37,7 +37,7 @@ class Counter:
 def through_a_file(obj: Any) -> Any:
     file = io.BytesIO()
     assert torchfile.save(snapshot.to_state(obj), file) == ()
-    return torchfile.load(file.getvalue())
+    return torchload.load(file.getvalue())
 
 
 # to_state

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptstore import torchfile
+from ckptstore import torchfile, torchload
 from ckptstore.errors import BackendError, NotSerializable, StorageFull, UnsafeContent
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # sparse CSR is in beta, quantization is deprecated, …
@@ -103,7 +103,7 @@ def test_every_dtype_is_bit_exact(dtype: torch.dtype) -> None:
     tensor = bits(dtype, 3, 5)
     unsafe, data = saved({"t": tensor, "view": tensor[1:, ::2], "zero": tensor[:0], "scalar": tensor[1, 1]})
     assert unsafe == ()
-    got = torchfile.load(data)
+    got = torchload.load(data)
     for key, value in {"t": tensor, "view": tensor[1:, ::2], "zero": tensor[:0], "scalar": tensor[1, 1]}.items():
         assert got[key].dtype == dtype and got[key].shape == value.shape and got[key].stride() == value.stride()
         assert raw(got[key].flatten()) == raw(value.flatten())
@@ -136,7 +136,7 @@ def test_what_torch_loads_with_weights_only_is_not_reported(make: Callable[[], A
     obj = make()
     unsafe, data = saved(obj)
     assert unsafe == ()
-    got = torchfile.load(data)
+    got = torchload.load(data)
     assert type(got) is type(obj)
     if not isinstance(obj, torch.Tensor):
         assert str(got) == str(obj) if not isinstance(obj, dict) else repr(list(got.items())) == repr(list(obj.items()))
@@ -173,11 +173,11 @@ def test_what_weights_only_refuses_is_named_when_saved(make: Callable[[], Any], 
     unsafe, data = saved({"deep": [make()], "t": torch.ones(2)})
     assert name in unsafe and list(unsafe) == sorted(set(unsafe))
     with pytest.raises(UnsafeContent, match="weights_only=False") as caught:
-        torchfile.load(data, name="latest/state.pt")
+        torchload.load(data, name="latest/state.pt")
     assert "latest/state.pt" in str(caught.value)
     if "int of" not in name:
         assert name in str(caught.value) and "add_safe_globals" in str(caught.value)
-    assert str(torchfile.load(data, weights_only=False)["deep"]) == str([make()])
+    assert str(torchload.load(data, weights_only=False)["deep"]) == str([make()])
 
 
 @pytest.mark.parametrize("obj", [Config(0.5), range(3)], ids=["class", "pickled under its Python 2 name"])
@@ -185,7 +185,7 @@ def test_what_this_process_allows_is_not_reported_and_loads(obj: Any) -> None:
     with torch.serialization.safe_globals([type(obj)]):
         unsafe, data = saved([obj, torch.ones(2)])
         assert unsafe == ()
-        assert torchfile.load(data)[0] == obj
+        assert torchload.load(data)[0] == obj
     name = f"{type(obj).__module__}.{type(obj).__qualname__}"
     assert saved(obj)[0] == (name,), "what was allowed for a while must not be remembered"
 
@@ -198,7 +198,7 @@ def test_an_allowed_class_that_torch_still_refuses_is_reported() -> None:
             unsafe, data = saved([torch.ones(1), obj])
             assert unsafe == (name,)
             with pytest.raises(UnsafeContent):
-                torchfile.load(data)
+                torchload.load(data)
     with torch.serialization.safe_globals([np.dtype, scalar, np.dtypes.Float64DType]):
         assert saved([torch.ones(1), np.float64(1)])[0] == ()
 
@@ -206,7 +206,7 @@ def test_an_allowed_class_that_torch_still_refuses_is_reported() -> None:
 def test_sharing_survives() -> None:
     base = torch.arange(10.0)
     state = {"a": base[:4], "b": base[2:], "same": [base, base], "list": [shared := [1], shared]}
-    got = torchfile.load(saved(state)[1])
+    got = torchload.load(saved(state)[1])
     got["a"][3] = -1
     assert got["b"][1] == -1 and got["same"][0] is got["same"][1] and got["list"][0] is got["list"][1]
     assert got["a"].untyped_storage().data_ptr() == got["b"].untyped_storage().data_ptr()
@@ -215,20 +215,20 @@ def test_sharing_survives() -> None:
 def test_many_views_of_one_large_storage() -> None:
     base = torch.zeros(1_000_000)
     data = saved([base[i:] for i in range(50)])[1]
-    assert len(data) < 2 * base.nbytes and len(torchfile.load(data)) == 50
+    assert len(data) < 2 * base.nbytes and len(torchload.load(data)) == 50
 
 
 def test_a_cycle_survives() -> None:
     loop: list[Any] = [torch.ones(1)]
     loop.append(loop)
     unsafe, data = saved(loop)
-    got = torchfile.load(data)
+    got = torchload.load(data)
     assert unsafe == () and got[1] is got
 
 
 def test_the_result_outlives_the_buffer() -> None:
     buffer = bytearray(saved({"t": torch.arange(100_000.0)})[1])
-    got = torchfile.load(buffer)
+    got = torchload.load(buffer)
     buffer[:] = bytes(len(buffer))
     del buffer[:]  # fails while something still refers to its memory
     assert torch.equal(got["t"], torch.arange(100_000.0))
@@ -432,8 +432,8 @@ def test_why_an_odd_storage_is_refused() -> None:
 
 def test_map_location() -> None:
     data = saved({"t": torch.ones(3)})[1]
-    assert torchfile.load(data, map_location="meta")["t"].is_meta
-    assert torchfile.load(memoryview(data), map_location=torch.device("cpu"))["t"].device.type == "cpu"
+    assert torchload.load(data, map_location="meta")["t"].is_meta
+    assert torchload.load(memoryview(data), map_location=torch.device("cpu"))["t"].device.type == "cpu"
 
 
 def test_threads_may_save_and_load_at_once() -> None:
@@ -442,7 +442,7 @@ def test_threads_may_save_and_load_at_once() -> None:
 
     def work(i: int) -> None:
         for _ in range(10):
-            results[i] = torchfile.load(saved(states[i])[1])
+            results[i] = torchload.load(saved(states[i])[1])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for t in threads:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from .. import torchfile
+from .. import torchfile, torchload
 from ..checkpoint import LOADERS, Checkpoint
 from ..errors import (
     CkptStoreError,
@@ -256,7 +256,7 @@ def _write_item(out: TransactionFile, place: _Place, item: WriteItem, planner: S
     if item.type == WriteItemType.BYTE_IO:
         if not isinstance(data, io.BytesIO):
             raise UsageError(f"the planner resolved {item.index.fqn} to a {type(data).__name__} instead of a BytesIO")
-        unsafe = torchfile.refused(data.getbuffer())
+        unsafe = torchload.refused(data.getbuffer())
         if unsafe:
             message = f"{item.index.fqn} holds {', '.join(unsafe)}, which only dcp_reader(…, weights_only=False) will load"
             warnings.warn(message, WeightsOnlyWarning, stacklevel=2)
@@ -381,11 +381,11 @@ class StoreReader(StorageReader):
         for item in items:
             if item.type == LoadItemType.BYTE_IO:
                 if self._weights_only:  # torch's planner does not ask for it
-                    torchfile.load(data, map_location="meta", name=name)
+                    torchload.load(data, map_location="meta", name=name)
                 planner.load_bytes(item, io.BytesIO(data))
                 continue
             if tensor is None:
-                tensor = torchfile.load(data, map_location="cpu", name=name)
+                tensor = torchload.load(data, map_location="cpu", name=name)
             if not isinstance(tensor, torch.Tensor):
                 raise UnsafeContent(f"{name} should be a tensor, and is a {type(tensor).__name__}")
             part = tensor
