@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
+from ckptstore.backends import _shared_names
 from ckptstore.errors import (
     AlreadyExists,
     Ambiguous,
@@ -32,8 +33,6 @@ from ckptstore.inorder import InOrder
 from ckptstore.mounts import file_system, is_local, two_may_link, writes_past_cache
 from ckptstore.openfile import LastOpened
 from ckptstore.posix import (
-    NO_LINKS,
-    REFUSED,
     Folders,
     NewFile,
     mapped_errors,
@@ -48,13 +47,9 @@ __all__ = ["SharedBackend"]
 
 _R = TypeVar("_R")
 
-_PAUSES = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0, 2.0)
-"""Seconds before each new look at what contradicts itself. JuiceFS keeps the old inode of a replaced file for 1 s, NFS looks at a folder
-again when it is opened anew, which is what each look does."""
 _SEEN = 1000
 _LEAST_WRITE = 8 << 20
 _MOST_WRITE = 1 << 30
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOG = "log"  # a folder with it is a store
 _HOW = "is its file system mounted? To begin a new store there, add create=1 to the URL"
 
@@ -134,7 +129,7 @@ class SharedBackend(FolderBackend):
         with mapped_errors("replace", self._path(key)), self._new_file(key) as new:
             write_all(new.fd, 0, memoryview(data))
             new.close_file()
-            self._rename(new)
+            _shared_names.rename(new)
 
     def open_writer(self, key: str) -> PartWriter:
         """See `Backend.open_writer`."""
@@ -152,98 +147,16 @@ class SharedBackend(FolderBackend):
         try:
             self._link(new, key)
         except NoAtomicCreate:
-            if _stat(new.name, new.folders.fd):
+            if _shared_names.found(new.name, new.folders.fd):
                 raise AlreadyExists(errno.EEXIST, "it exists already, and was left as it is", new.path) from None
-            self._rename(new)
+            _shared_names.rename(new)
         os.fsync(new.folders.fd)
 
     def _link(self, new: NewFile, key: str) -> None:
-        """Give a complete file its name, unless that is taken. What became of it is judged by inodes and the count of links.
-
-        Raises:
-            AlreadyExists: it is the name of another file.
-            NoAtomicCreate: there are no hard links here.
-            Ambiguous: what can be seen does not tell.
-            OSError: it did not happen, and will not.
-        """
-        error = self._try_link(new)
-        for pause in _PAUSES:
-            ours = self._has_name(new)
-            if ours:
-                return
-            if ours is not None:
-                raise AlreadyExists(errno.EEXIST, "it exists already, and was left as it is", new.path) from error
-            if error and error.errno in NO_LINKS:
-                why = "this file system has no hard links, so two jobs could both believe that they committed"
-                how = "add single_writer=1 to the URL if you make sure that only one job ever writes"
-                raise NoAtomicCreate(error.errno, f"{why}; {how}", new.path) from error
-            if error and error.errno in REFUSED and error.errno != errno.EEXIST:
-                raise error
-            time.sleep(pause)
-            if error and error.errno == errno.ESTALE:  # it was the folder that we hold
-                self._reopen(new, key)
-                error = self._try_link(new)
-        why = f"could not learn whether it was created ({error.strerror if error else 'it is not to be seen'}); look again later"
-        raise Ambiguous(error.errno if error else errno.EIO, why, new.path) from error
-
-    @staticmethod
-    def _try_link(new: NewFile) -> OSError | None:
-        fd = new.folders.fd
-        try:
-            os.link(new.temp, new.name, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
-        except OSError as exc:
-            return exc
-        return None
-
-    @staticmethod
-    def _has_name(new: NewFile) -> bool | None:
-        """Say whether the name is this file's (True) or another one's (False); None if it is not to be seen.
-
-        Raises:
-            Ambiguous: the file has two names, and the name has another file: inode numbers mean nothing here, or two writers won.
-        """
-        try:
-            fd = os.open(".", _FOLDER, dir_fd=new.folders.fd)  # looked up anew, not as cached
-            try:
-                named, temp = _stat(new.name, fd), _stat(new.temp, fd)
-            finally:
-                os.close(fd)
-        except OSError:
-            return None
-        if named and new.is_same(named):
-            return True
-        linked = temp is not None and temp.st_nlink > 1  # nobody but us has ever linked it
-        if named and linked:
-            raise Ambiguous(errno.EIO, "it has two names, but under its own there is another file", new.path)
-        return False if named else True if linked else None
-
-    def _reopen(self, new: NewFile, key: str) -> None:
-        with suppress(OSError):  # then the next try tells
-            folders, new.folders = new.folders, self._folders(segments(key)[:-1])
-            folders.close()
-
-    def _rename(self, new: NewFile) -> None:
-        """Give the file its name, in the place of what has it. Only the inode tells whether that was done.
-
-        Raises:
-            Ambiguous: it may come to be yet.
-            OSError: it did not happen.
-        """
-        try:
-            new.replace()
-        except OSError as exc:
-            named = None
-            with suppress(OSError):
-                named = _stat(new.name, new.folders.fd)
-            if named and new.is_same(named):
-                new.temp = ""
-            elif exc.errno in REFUSED | {errno.ESTALE}:
-                raise
-            else:
-                raise Ambiguous(exc.errno, f"could not learn whether it was replaced: {exc.strerror}", new.path) from exc
+        _shared_names.link(new, lambda: self._folders(segments(key)[:-1]))
 
     def _new_file(self, key: str) -> NewFile:
-        for pause in _PAUSES:
+        for pause in _shared_names.PAUSES:
             try:
                 return super()._new_file(key)
             except OSError as exc:
@@ -291,7 +204,7 @@ class SharedBackend(FolderBackend):
         A missing file is looked for twice, and longer if it was there before, or, to be `sure`, if it is listed, or a folder on the way.
         """
         looks = 0
-        pauses = iter(_PAUSES)
+        pauses = iter(_shared_names.PAUSES)
         while True:
             looks += 1
             try:
@@ -355,10 +268,10 @@ class SharedBackend(FolderBackend):
         root_id = (identity[0], identity[1])
         if self._root_id is None:
             self._size_writes(folders.fd)
-        elif root_id != self._root_id and not _stat(_LOG, folders.fd):
+        elif root_id != self._root_id and not _shared_names.found(_LOG, folders.fd):
             raise BackendError(errno.ESTALE, MOVED, self.root)
         if not self._is_store:
-            found = _stat(_LOG, folders.fd)
+            found = _shared_names.found(_LOG, folders.fd)
             if not found and not self._create:
                 raise BackendError(errno.ENOENT, f"there is no store in this folder; {_HOW}", self.root)
             if not found and create:
@@ -428,13 +341,6 @@ class _SharedWriter(FolderWriter[SharedBackend]):
                 raise
         self._state = "done"
         new.close()
-
-
-def _stat(name: str, dir_fd: int) -> os.stat_result | None:
-    """Return what is under `name`, None if nothing is to be seen."""
-    with suppress(FileNotFoundError):
-        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    return None
 
 
 def _size(text: str) -> int:

@@ -17,6 +17,7 @@ from juicefs_rig import SharedFolder
 from stores import write
 
 from ckptstore import Store
+from ckptstore.backends import _shared_names
 from ckptstore.backends import shared as shared_module
 from ckptstore.backends.shared import SharedBackend
 from ckptstore.errors import (
@@ -163,7 +164,7 @@ def test_a_disk_that_other_hosts_mount_may_have_a_store_that_was_made_by_hand(tm
 
 
 def test_a_file_system_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_module, "_PAUSES", (0.0,))
+    monkeypatch.setattr(_shared_names, "PAUSES", (0.0,))
     place = tmp_path / "mnt"
     image = tmp_path / "elsewhere"
     (image / "run" / "log").mkdir(parents=True)

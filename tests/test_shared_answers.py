@@ -14,7 +14,7 @@ from sick_os import SickOS, error_after, error_before
 from stores import contents, write
 
 from ckptstore import Store
-from ckptstore.backends import shared
+from ckptstore.backends import _shared_names
 from ckptstore.backends.shared import SharedBackend
 from ckptstore.errors import AlreadyExists, BackendError, NoAtomicCreate, NotFound
 
@@ -24,7 +24,7 @@ PATHS = ("link", "listdir", "lstat", "mkdir", "open", "replace", "rmdir", "scand
 
 @pytest.fixture(autouse=True)
 def sick(monkeypatch: pytest.MonkeyPatch) -> Iterator[SickOS]:
-    monkeypatch.setattr(shared, "_PAUSES", (0.0,) * len(shared._PAUSES))
+    monkeypatch.setattr(_shared_names, "PAUSES", (0.0,) * len(_shared_names.PAUSES))
     with SickOS().installed() as it:
         yield it
 

@@ -16,7 +16,7 @@ from sick_os import SickOS, Trouble, error_after, error_before, half, hide_new_n
 from stores import contents, state_of, store_on, write
 
 from ckptstore import log
-from ckptstore.backends import shared
+from ckptstore.backends import _shared_names
 from ckptstore.backends.shared import SharedBackend
 from ckptstore.errors import CkptStoreError, CommitUnknown, DamagedRecord, Fenced
 from ckptstore.record import Record
@@ -26,7 +26,7 @@ FILES = {"a": b"first", "b/c": b"second" * 1000, "d": b""}
 
 @pytest.fixture(autouse=True)
 def sick(monkeypatch: pytest.MonkeyPatch) -> Iterator[SickOS]:
-    monkeypatch.setattr(shared, "_PAUSES", (0.0,) * len(shared._PAUSES))
+    monkeypatch.setattr(_shared_names, "PAUSES", (0.0,) * len(_shared_names.PAUSES))
     monkeypatch.setattr(log, "_HINT_EVERY", 2)  # so that files are replaced, too
     monkeypatch.setattr(log, "_SHRINK_ABOVE", 0)
     with SickOS().installed() as it:
