@@ -208,6 +208,23 @@ def test_who_loses_the_race_takes_its_base_away(early: None) -> None:
     assert base_objects(backend) == [f"log/{record.checkpoints.base.name}{end}" for end in BASE_ENDS], "that of the other"
 
 
+def test_who_loses_the_race_takes_its_base_away_even_if_it_cannot_see_what_came_of_it(early: None) -> None:
+    backend, made = filled(EVERY - 1)
+    other = keep_all(backend)
+
+    def lose() -> None:
+        made.append(write(other, "other"))
+        late.plan.append(Fault("stat", late.calls["stat"] + 1, before=BackendError("not now")))
+
+    late = FaultyBackend(backend, [Fault("put_if_absent", 3, before=lose)])
+    with keep_all(late) as store, pytest.raises(BackendError, match="not now"):
+        write(store)
+    record = state_of(backend)
+    assert [e.id for e in record.checkpoints] == made
+    assert record.checkpoints.base is not None
+    assert base_objects(backend) == [f"log/{record.checkpoints.base.name}{end}" for end in BASE_ENDS], "that of the other"
+
+
 def test_an_error_that_proves_that_nothing_was_committed_leaves_no_base(early: None) -> None:
     backend, made = filled(EVERY - 1)
     broken = FaultyBackend(backend, [Fault("put_if_absent", 3, before=BackendError("no"))])
