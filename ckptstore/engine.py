@@ -31,6 +31,9 @@ class Engine:
         self.key = key
         self.log = Log(backend, key)
         self.workers = Workers(backend.capabilities.parallel)
+        self.writer = self.workers if backend.capabilities.remote or key else Workers(1)
+        """Write files. One thread: a file on this machine takes one write at a time, and while that lasts, what comes next is hashed. But
+        parts travel to a service side by side, and SHA-256 takes longer than writing."""
         self.verdicts: dict[str, bool] = {}
         """Checkpoints read back here since the last commit: whole or not. The next commit writes it down."""
         self.deleted: set[str] = set()
@@ -209,6 +212,7 @@ class Engine:
             self.raise_late(wait=True)
         finally:
             self._late.close()
+            self.writer.close()
             self.workers.close()
             with suppress(CkptStoreError):
                 self.backend.close()

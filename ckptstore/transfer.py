@@ -23,6 +23,9 @@ class FileSink:
     Small writes are gathered into chunks of the storage's part size; a large one is cut and sent from the caller's own memory. Where parts
     may have any size, a chunk may be several of them, each written from where it lies. Used by one thread.
 
+    With a single worker, which then does nothing but write, the caller hashes: one file takes one write at a time, and while it does, there
+    is time for the next part's sums.
+
     With `fine`, a part has several chunks, cut between writes: who wants one tensor of many need not read, and check, eight megabytes.
     """
 
@@ -199,25 +202,30 @@ class FileSink:
             self._settle(self._running[:1])
         pieces, self._pieces = self._pieces, []
         cuts, self._cuts = self._cuts, [0]
-        job = self._workers.begin(self._running, self._store, self._offset, pieces, self._parts, cuts)
+        sums = self._hash(pieces, cuts) if self._workers.count == 1 else None
+        job = self._workers.begin(self._running, self._store, self._offset, pieces, self._parts, cuts, sums)
         self._sums.append(job)
         self._parts += len(pieces)
         self._offset += self._gathered
         self._gathered = 0
 
-    def _store(self, offset: int, pieces: list[_Piece], number: int, cuts: Sequence[int]) -> _Sums:
-        """Hash and write consecutive pieces, in which chunks begin at `cuts`, counted from their first byte."""
+    def _store(self, offset: int, pieces: list[_Piece], number: int, cuts: Sequence[int], sums: _Sums | None = None) -> _Sums:
+        """Write consecutive pieces, in which chunks begin at `cuts`, counted from their first byte, and hash them if that is to be done."""
         # All is hashed before the first write: where pieces go in order, threads wait there, and need not hash then.
+        sums = sums or self._hash(pieces, cuts)
+        for view, _ in pieces:
+            self.writer.write(offset, view, number)
+            offset += len(view)
+            number += 1
+        return sums
+
+    def _hash(self, pieces: list[_Piece], cuts: Sequence[int]) -> _Sums:
         sums: _Sums = []
         for chunk in _cut(pieces, cuts):
             crc = 0
             for view in chunk:
                 crc = crc64nvme(view, crc)
             sums.append((sum(map(len, chunk)), crc, sha256(*chunk) if self._authentic else ""))
-        for view, _ in pieces:
-            self.writer.write(offset, view, number)
-            offset += len(view)
-            number += 1
         return sums
 
     def _settle(self, jobs: list[Job[_Sums]]) -> None:

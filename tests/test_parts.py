@@ -162,6 +162,35 @@ def test_memory_that_stays_is_written_while_the_next_is_prepared_and_kept_as_lon
     assert not any(ref() is not None for ref in kept)
 
 
+def test_beside_a_single_writer_the_caller_hashes_the_next_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file on this machine takes one write at a time: a second thread that wants to write would wait, and hash nothing meanwhile."""
+    hashed, ahead = threading.Semaphore(0), []
+
+    def hash_here(data: Any, before: int = 0) -> int:
+        assert threading.current_thread() is threading.main_thread()
+        hashed.release()
+        return crc64nvme(data, before)
+
+    class Slow(Parts):
+        def write(self, offset: int, data: memoryview, number: int) -> None:
+            assert threading.current_thread() is not threading.main_thread()
+            ahead.append(hashed.acquire(timeout=60) and (number == 3 or hashed.acquire(timeout=60)))
+            hashed.release()
+            super().write(offset, data, number)
+
+    monkeypatch.setattr("ckptstore.transfer.crc64nvme", hash_here)
+    workers, writer = Workers(1), Slow()
+    sink = FileSink("f", writer, workers, DISK)
+    owners = [bytes([n]) * 1000 for n in range(4)]
+    for owner in owners:
+        sink.write_summed(memoryview(owner), 0, owner)
+    entry = sink.close()
+    workers.close()
+    assert ahead == [True] * 4, "each part but the last waited until the next one was hashed"
+    assert entry.crc == crc64nvme(b"".join(owners))
+    assert [writer.parts[n] for n in range(4)] == [(n * 1000, owners[n]) for n in range(4)]
+
+
 def test_a_part_that_fails_is_told_by_a_later_write_or_by_close() -> None:
     class Full(Parts):
         def write(self, offset: int, data: memoryview, number: int) -> None:
