@@ -80,9 +80,8 @@ def many_training() -> Training:
     return Training(optimizer, {"model": model, "optimizer": optimizer}, forward)
 
 
-def measure(kind: str, make: Callable[[], Training], where: str, folder: Path) -> list[Any]:
-    """Return the results for one state in one folder."""
-    training = make()
+def blocked(kind: str, training: Training, folder: Path) -> list[Any]:
+    """Return how long the thread is blocked, whatever is written where afterwards, and the memory that it takes."""
     state, size = training.state, nbytes(list(training.state.values()))
     store = Store(folder / "store", keep_last=1)
     store.save_async({"warm": torch.ones(8)}, rng=True).result()
@@ -92,22 +91,20 @@ def measure(kind: str, make: Callable[[], Training], where: str, folder: Path) -
     stager = DefaultStager(StagingOptions(False, False, False, False))
     pending: list[Future[Any]] = []
 
-    def begin_dcp() -> None:  # a stager that is kept has warm memory, as we have: faster than a new one for each save
+    def begin_dcp(own: DefaultStager | None = None) -> None:
         plain = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-        begun: Any = dcp.async_save(plain, checkpoint_id=str(folder / "dcp"), async_stager=stager, no_dist=True)
+        begun: Any = dcp.async_save(plain, checkpoint_id=str(folder / "dcp"), async_stager=own, no_dist=True)
         pending.append(getattr(begun, "upload_completion", begun))
 
-    def give_up() -> None:  # the thread is not blocked any more, so nobody needs to wait until it is on disk
+    def end_dcp() -> None:
+        pending.pop().result()
+        shutil.rmtree(folder / "dcp")
+        gc.collect()
+
+    def give_up() -> None:  # nobody is blocked any more, so it need not be written
         pending.pop().cancel()
         store._background.wait()
         store._engine.settle()
-        gc.collect()
-
-    def finish() -> None:
-        while pending:
-            pending.pop().result()
-        store._engine.settle()  # what was pruned is deleted in the background
-        shutil.rmtree(folder / "dcp", ignore_errors=True)
         gc.collect()
 
     def overlapped() -> tuple[float, float]:
@@ -127,32 +124,45 @@ def measure(kind: str, make: Callable[[], Training], where: str, folder: Path) -
         "memcpy": Way(lambda: ctypes.memmove(address, source.data_ptr(), size)),
         "save_async": Way(lambda: pending.append(store.save_async(state)), after=give_up),
         "save_async, overlapped": Way(overlapped, after=give_up),
-        "dcp.async_save": Way(begin_dcp, after=finish),
+        "dcp.async_save": Way(begin_dcp, after=end_dcp),
+        "dcp.async_save, a stager kept": Way(lambda: begin_dcp(stager), after=end_dcp),
     }
     targets = [
         Target("save_async", "memcpy", 1.2),
         Target("save_async", "dcp.async_save", 0.5),
+        Target("save_async", "dcp.async_save, a stager kept", 0.5),
         Target("save_async, overlapped", "memcpy", 0.05),
     ]
-    blocked = paired(f"the training thread is blocked; {kind}, {where}", ways, ROUNDS, targets, size=size)
-
-    def save_and_train() -> None:
-        pending.append(store.save_async(state, optimizer=training.optimizer))
-        training.iteration()
-
-    loops = {"train": Way(training.iteration), "train while saving": Way(save_and_train, after=finish)}
-    slowed = paired(f"an iteration that shares the machine with an overlapped save; {kind}, {where}", loops, 3)
-    memory = figure(f"extra memory of save_async, by the size of the state; {kind}, {where}", round(grown / size, 3), "×", 1.05)
+    found = paired(f"the training thread is blocked; {kind}", ways, ROUNDS, targets, size=size)
     store.close()
     stager.close()
-    return [blocked, slowed, memory]
+    return [found, figure(f"extra memory of save_async, by the size of the state; {kind}", round(grown / size, 3), "×", 1.05)]
+
+
+def slowed(kind: str, training: Training, where: str, folder: Path) -> dict[str, Any]:
+    """Return how much longer an iteration takes while a save goes on."""
+    with Store(folder / "store", keep_last=1) as store:
+        pending: list[Future[Any]] = []
+
+        def save_and_train() -> None:
+            pending.append(store.save_async(training.state, optimizer=training.optimizer))
+            training.iteration()
+
+        def finish() -> None:
+            pending.pop().result()
+            store._engine.settle()  # what was pruned is deleted in the background
+
+        ways = {"train": Way(training.iteration), "train while saving": Way(save_and_train, after=finish)}
+        return paired(f"an iteration that shares the machine with an overlapped save; {kind}, {where}", ways, 3)
 
 
 if __name__ == "__main__":
     results: list[Any] = []
     with places(sys.argv[1]) as found:
-        for where, folder in found.items():
-            for kind, make in (("32 tensors", large_training), ("1200 tensors", many_training)):
-                results += measure(f"{kind}, {SIZE >> 20} MiB", make, where, folder / kind.replace(" ", "-"))
-                gc.collect()
+        for kind, make in (("32 tensors", large_training), ("1200 tensors", many_training)):
+            training, name = make(), f"{kind}, {SIZE >> 20} MiB"
+            results += blocked(name, training, list(found.values())[-1] / f"blocked-{len(results)}")
+            results += [slowed(name, training, where, folder / f"slowed-{len(results)}") for where, folder in found.items()]
+            del training
+            gc.collect()
     report(*results)

@@ -235,7 +235,7 @@ class Background:
         self._bell.until(lambda: not self._others())
         place, self._place = self._place, None
         if place is not None:
-            place.gate.remove()
+            place.close()
 
     def _enter(self, job: _Job, when_busy: str) -> bool:
         with self._lock:

@@ -170,20 +170,19 @@ _TENSOR, _STORAGE = (_tensor, ()), (_storage, ())
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, tensors: Iterator[tuple[Any, ...]], bare: Iterator[tuple[Any, ...]]) -> None:
         super().__init__(file)
-        self._tensors = tensors
-        self._bare = bare
+
+        # Not methods: the unpickler remembers what it has looked up, and so would keep itself, and the copies with it.
+        def tensor() -> Any:
+            copy, dtype, offset, shape, stride = next(tensors)
+            return torch.empty(0, dtype=dtype, device="cpu").set_(copy, offset, shape, stride)
+
+        def storage() -> Any:
+            copy, dtype = next(bare)
+            if dtype is None:
+                return copy
+            return torch.TypedStorage(wrap_storage=copy, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+        self._leaves = {_tensor.__name__: tensor, _storage.__name__: storage}
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == __name__:
-            return {_tensor.__name__: self._tensor, _storage.__name__: self._storage}[name]
-        return super().find_class(module, name)
-
-    def _tensor(self) -> Any:
-        copy, dtype, offset, shape, stride = next(self._tensors)
-        return torch.empty(0, dtype=dtype, device="cpu").set_(copy, offset, shape, stride)
-
-    def _storage(self) -> Any:
-        copy, dtype = next(self._bare)
-        if dtype is None:
-            return copy
-        return torch.TypedStorage(wrap_storage=copy, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+        return self._leaves[name] if module == __name__ else super().find_class(module, name)

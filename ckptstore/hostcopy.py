@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from itertools import accumulate
 from operator import attrgetter
@@ -15,12 +16,17 @@ import torch
 
 from .checksum import crc64nvme
 from .errors import ChangedWhileSaving
+from .workers import Job, Workers, drain
 
 __all__ = ["Buffers", "HostCopy"]
 
 _ALIGNMENT = 64
 _SHORT = 1 << 18
 """Bytes. To copy less, the GIL is kept: letting go of it may cost more than the copy, if somebody else takes it."""
+
+_HUGE_PAGES, _WIPE_ON_FORK = 14, 18  # madvise(2); Python does not name the second
+_PIECE = 1 << 23
+"""Bytes that one thread copies before it looks for more."""
 
 _version = attrgetter("_version")  # as the notes on autograd tell of it
 _HOST = torch.device("cpu")
@@ -37,6 +43,33 @@ def _move(to: int, source: int, size: int) -> None:
         ctypes.memmove(to, source, size)
 
 
+def _move_all(moves: Sequence[tuple[int, int, int]], helpers: Workers) -> None:
+    """Make some calls of `_move`, those that let go of the GIL together with `helpers`."""
+    pieces = [
+        (to + at, source + at, min(_PIECE, size - at))
+        for to, source, size in moves
+        if size >= _SHORT
+        for at in range(0, size, _PIECE)
+    ]
+    queue = iter(pieces)  # next() is one step
+    jobs: list[Job[None]] = []
+    try:
+        if len(pieces) > 1:
+            for _ in range(min(helpers.count, torch.get_num_threads() - 1)):
+                helpers.begin(jobs, _move_each, queue)
+        _move_each(queue)
+        _move_each(move for move in moves if move[2] < _SHORT)
+        for job in jobs:
+            job.result()
+    finally:
+        drain(jobs)
+
+
+def _move_each(moves: Iterable[tuple[int, int, int]]) -> None:
+    for move in moves:
+        _move(*move)
+
+
 class Buffer:
     """Memory of the host: pinned, or in pages as large as the system has them."""
 
@@ -47,11 +80,12 @@ class Buffer:
             self._owner: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             self.address = self._owner.data_ptr()
         else:
-            self._owner = memory = mmap.mmap(-1, size)
-            # A forked child has no use for it; else, while the child lives, every page written here would be copied first.
-            for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-                with suppress(AttributeError, OSError):
-                    memory.madvise(getattr(mmap, advice))
+            self._owner = memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # A forked child has no use for it. Shared with one, every page that is written here would be copied first; and if it were just
+            # not there, the child, freeing it, would free whatever else of its own has come to lie at this address.
+            for advice in (_HUGE_PAGES, _WIPE_ON_FORK) if sys.platform == "linux" else ():
+                with suppress(OSError):
+                    memory.madvise(advice)
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
     def view(self, start: int, size: int) -> memoryview:
@@ -125,9 +159,12 @@ class HostCopy:
         """Find out later whether torch has changed one of `tensors` before it was copied; `numbers` are those of their storages, if any."""
         self._watched = numbers, tensors, list(map(_version, tensors))
 
-    def copy_now(self) -> None:
-        """Copy what may change as soon as this returns."""
-        self._copy(self._now)
+    def copy_now(self, helpers: Workers) -> None:
+        """Copy what may change as soon as this returns, with as many threads as torch may use."""
+        to, sizes = self._buffer.address, self._sizes
+        host = [n for n in self._now if self._locations[n] is None]
+        _move_all([(to + self._starts[n], self._sources[n].data_ptr(), sizes[n]) for n in host], helpers)
+        self._copy([n for n in self._now if self._locations[n] is not None])
         if not self._later:
             self._let_go()
 

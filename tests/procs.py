@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -173,6 +174,20 @@ def nursery(*modules: str) -> Iterator[Nursery]:
         yield it
     finally:
         it.close()
+
+
+def in_fork(work: Callable[[], object]) -> int:
+    """Fork this process, whatever threads it has; return the child's exit status: 0 if what `work` returned there is true."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, which is what this is about
+        child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = 0 if work() else 2
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def warm_up() -> None:

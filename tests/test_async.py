@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import evidence
 import pytest
 import torch
-from procs import litter
+from procs import in_fork, litter
 from stores import new_memory, state_of, store_on, write
 from test_interrupted import interrupt
 
@@ -560,23 +560,16 @@ def test_a_fork_while_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(HostCopy, "copy_rest", later)
     pending = store.save_async({"p": parameter.data}, optimizer=optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, which is what this is about
-        child = os.fork()
-    if not child:
-        status = 1
-        try:
-            optimizer.step()
-            try:
-                pending.result(0)
-            except UsageError:
-                store.close()
-                gate.set()
-                other = Store(tmp_path / "child")
-                status = 0 if other.save_async({"c": torch.ones(3)}).result(60).step is None else 2
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def in_child() -> bool:
+        optimizer.step()
+        with pytest.raises(UsageError):
+            pending.result(0)
+        store.close()
+        gate.set()
+        return Store(tmp_path / "child").save_async({"c": torch.ones(3)}).result(60).step is None
+
+    assert in_fork(in_child) == 0
     assert not pending.done()
     gate.set()
     pending.result(60)
@@ -584,6 +577,24 @@ def test_a_fork_while_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     store.close()
     with Store(tmp_path / "child") as other:
         assert torch.equal(other.load()["c"], torch.ones(3))
+
+
+def test_memory_of_the_parent_is_freed_in_a_fork_and_nothing_else(tmp_path: Path) -> None:
+    """Although the fork has not got it: what came to lie in its place would be gone."""
+    size = 64 << 20
+    with Store(tmp_path / "store") as store:
+        store.save_async({"x": torch.zeros(size, dtype=torch.uint8)}).result()
+
+        def in_child() -> bool:
+            own = [mmap.mmap(-1, size) for _ in range(20)]
+            store.names()
+            store.close()  # frees the parent's
+            for memory in own:
+                memory[:1] = memory[-1:] = b"x"
+            return True
+
+        assert in_fork(in_child) == 0
+        assert store.save_async({"x": torch.ones(size, dtype=torch.uint8)}).result().load()["x"].all()
 
 
 _LEAVE = """
