@@ -16,6 +16,7 @@ from typing import Any
 
 import evidence
 import pytest
+from procs import Nursery, nursery
 
 import ckptstore
 
@@ -68,6 +69,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     item.stash[_OUTCOMES].add(report.outcome)
     return report
+
+
+# -- what tests share
+
+
+@pytest.fixture(scope="module")
+def warm(request: pytest.FixtureRequest) -> Iterator[Nursery]:
+    """A process from which to fork children, which has imported the test module, or what that names in WARM, and `procs`."""
+    yield from nursery("procs", *getattr(request.module, "WARM", (request.module.__name__,)))
 
 
 # -- what tests call

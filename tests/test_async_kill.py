@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import evidence
 import pytest
-from procs import Channel, Nursery, litter, nursery
+from procs import Channel, Nursery, litter
 
 from ckptstore import Checkpoint, Store
 
@@ -81,11 +80,6 @@ def check(state: dict[str, Any], step: int) -> None:
     """See that all parts of a state are of the same step."""
     assert state["step"] == step
     assert (state["parameter"] == step).all() and (state["buffer"] == step).all() and (state["large"] == step % 251).all()
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 @pytest.mark.parametrize("kills", [25, pytest.param(2000, marks=pytest.mark.soak)])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from procs import Channel, Nursery, nursery
+from procs import Channel, Nursery
 
 import ckptstore
 from ckptstore import Store
@@ -18,11 +17,6 @@ PAGE = (Path(__file__).parent.parent / "docs/cycling_utils.md").read_text(encodi
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 def warm_up() -> None:

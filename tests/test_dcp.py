@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import dcp_process as work
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from procs import Nursery, litter, nursery
+from procs import litter
 from ranks_rig import Ranks
 from s3_rig import Service
 
 from ckptstore import Store
 
-pytest_plugins = ("s3_fixtures",)
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", "dcp_process", "ranks_rig")
-
-
-@pytest.fixture
-def ranks(warm: Nursery, tmp_path: Path) -> Ranks:
-    return Ranks(warm, tmp_path)
+pytest_plugins = ("s3_fixtures", "ranks_rig")
+WARM = ("dcp_process", "ranks_rig")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from crash_states import build, crash_states, recording
 from juicefs_rig import SharedFolder
-from procs import Nursery, litter, nursery
+from procs import litter
 from ranks_rig import Ranks
 
 import ckptstore
 from ckptstore import Store
 
-pytest_plugins = ("juicefs_fixtures",)
+pytest_plugins = ("juicefs_fixtures", "ranks_rig")
+WARM = ("dcp_process", "ranks_rig")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", "dcp_process", "ranks_rig")
-
-
-@pytest.fixture
-def ranks(warm: Nursery, tmp_path: Path) -> Ranks:
-    return Ranks(warm, tmp_path)
 
 
 def save_as_two_ranks(stores: list[Store], step: int) -> None:

@@ -9,25 +9,20 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import evidence
 import pytest
-from procs import Channel, Nursery, litter, nursery
+from procs import Channel, Nursery, litter
 
 from ckptstore import Checkpoint, Store
 from ckptstore.backends.local import LocalBackend, _LocalWriter
 from ckptstore.errors import CkptStoreError, Fenced, UsageError
 from ckptstore.owner import default_owner
 from ckptstore.posix import NewFile
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 def put(store: Store, name: str = "latest", step: int | None = None, **more: Any) -> Checkpoint:

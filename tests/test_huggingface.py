@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from procs import Channel, Nursery, nursery
+from procs import Channel, Nursery
 
 from ckptstore import FallbackWarning, Store, WrongKind
 
@@ -27,11 +26,6 @@ def warm_up() -> None:
 
         import ckptstore.integrations.accelerate
         import ckptstore.integrations.transformers  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 def quietly() -> None:

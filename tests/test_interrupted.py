@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 import evidence
 import pytest
 import rivals
-from procs import Channel, Nursery, litter, nursery
+from procs import Channel, Nursery, in_fork, litter, nursery
 from stores import contents, write
 from test_kill import Ledger, announced, save_parts
 
@@ -272,16 +271,7 @@ def test_a_fork_in_mid_save(tmp_path: Path) -> None:
     first = write(store)
     with store.transaction() as tx, tx.open("big") as file:
         file.write(_LARGE)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, which is what this is about
-            child = os.fork()
-        if not child:
-            status = 1
-            try:
-                status = 0 if write(Store(tmp_path, acquire=False), "child") else 2
-            finally:
-                os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
+        assert in_fork(lambda: write(Store(tmp_path, acquire=False), "child")) == 0
         file.write(_LARGE)
     assert store.names() == {"latest": tx.id, "child": store.names()["child"]}
     assert contents(store, "latest") == {"big": 2 * _LARGE}

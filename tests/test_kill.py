@@ -12,7 +12,7 @@ from typing import Any
 
 import evidence
 import pytest
-from procs import Channel, Child, Nursery, litter, nursery
+from procs import Channel, Child, Nursery, litter
 
 from ckptstore import Checkpoint, Store
 
@@ -159,11 +159,6 @@ def check_content(checkpoint: Checkpoint) -> None:
         assert torch.equal(state["weights"], weights(step))
         assert torch.equal(state["ballast"], ballast(step))
         assert checkpoint.sampler_state == {"drawn": step * 10}
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 @pytest.mark.parametrize("kills", [70, pytest.param(5000, marks=pytest.mark.soak)])

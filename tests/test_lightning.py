@@ -6,12 +6,11 @@ import hashlib
 import random
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from procs import Channel, Nursery, nursery
+from procs import Channel, Nursery
 
 from ckptstore import CheckpointNotFound, FallbackWarning, Fenced, NotSerializable, Store, UsageError, WrongKind
 
@@ -24,11 +23,6 @@ def warm_up() -> None:
         import lightning.pytorch  # noqa: F401
 
         import ckptstore.integrations.lightning  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 def make_model() -> Any:

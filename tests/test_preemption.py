@@ -13,14 +13,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from procs import Channel, Nursery, nursery
+from procs import Channel, Nursery
 
 import ckptstore
 from ckptstore import Store, UsageError, preemption
@@ -206,11 +205,6 @@ def test_the_readme(tmp_path: Path) -> None:
 
 
 # --- several ranks
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 def warm_up() -> None:

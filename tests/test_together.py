@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import _thread
-import os
 import pickle
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from procs import in_fork
 from stores import new_memory, objects, state_of, store_on, write
 
 from ckptstore import Store
@@ -101,19 +100,13 @@ def test_a_fork_does_not_wait_for_its_parents_deletions(tmp_path: Path) -> None:
     real = store._engine.delete_data
     store._engine.delete_data = lambda i: (release.wait(), real(i))[1]  # type: ignore[method-assign, assignment]
     store.save({"x": 2})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks with threads, which is what this is about
-        child = os.fork()
-    if not child:
-        status = 1
-        try:
-            store._engine.delete_data = real  # type: ignore[method-assign]
-            store.verify()
-            store.save({"x": 3})
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def in_child() -> bool:
+        store._engine.delete_data = real  # type: ignore[method-assign]
+        store.verify()
+        return bool(store.save({"x": 3}).id)
+
+    assert in_fork(in_child) == 0
     release.set()
     store.close()
     assert Store(tmp_path).load() == {"x": 3}

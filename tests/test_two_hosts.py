@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import evidence
 import pytest
 from juicefs_rig import SharedFolder
-from procs import Channel, Nursery, litter, nursery
+from procs import Channel, Nursery, litter
 from stores import RawFolder, state_of, write
 
 from ckptstore import Store
@@ -69,11 +69,6 @@ class TestShared(RawFolder, BackendConformance):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         assert [*self.raw_keys()] == ["hint"]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Nursery]:
-    yield from nursery("procs", __name__)
 
 
 # -- two hosts
