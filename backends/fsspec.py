@@ -340,7 +340,7 @@ class _FsspecWriter:
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             return fs.open(path, "wb")
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`. A part that failed cannot be written again: nobody knows how much of it the file object has passed on."""
         self._check_open()
         try:

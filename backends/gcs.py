@@ -306,7 +306,7 @@ class _GcsWriter:
         self._tried = False
         self._checksum: str | None = None
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
         self._check_open()
         with self._backend.errors("write", self._key):

@@ -122,7 +122,7 @@ class _MemoryWriter:
         self._lock = threading.Lock()
         self._buffer: bytearray | None = bytearray()
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
         end = offset + data.nbytes
         with self._lock:

@@ -22,7 +22,7 @@ from botocore import exceptions as sdk
 from urllib3.response import HTTPResponse
 
 from ckptstore.checksum import combine, crc64nvme
-from ckptstore.errors import Ambiguous, BackendError, CkptStoreError, InvalidURL, NotFound, Transient, Unreadable
+from ckptstore.errors import Ambiguous, BackendError, CkptStoreError, DamagedFile, InvalidURL, NotFound, Transient, Unreadable
 from ckptstore.protocol import Capabilities, ObjectInfo, PartWriter
 
 from ._s3_bucket import OPTIONS, Bucket, base64_crc, recorded, spelled
@@ -235,7 +235,7 @@ class _S3Writer:
         self._checksum: str | None = None
         self._done = False
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
         with self._lock:
             if number == 0 and not self._upload and data.nbytes < self._backend.capabilities.part_size:
@@ -245,7 +245,7 @@ class _S3Writer:
                 with self._bucket.mapped("begin to write", self._key):
                     self._upload, self._checksums = self._bucket.begin_upload(self._key)
         self._send_first()
-        self._send(number, data)
+        self._send(number, data, crc)
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`. It would cost a request, or a thread."""
@@ -275,11 +275,23 @@ class _S3Writer:
                 self._first = first
                 raise
 
-    def _send(self, number: int, data: memoryview) -> None:
-        crc = crc64nvme(data)
-        with self._bucket.mapped(f"write part {number + 1} of", self._key):
-            named = self._bucket.upload_part(self._key, self._upload, number + 1, data, crc if self._checksums else None)
+    def _send(self, number: int, data: memoryview, known: int | None = None) -> None:
+        crc = crc64nvme(data) if known is None else known
+        try:
+            with self._bucket.mapped(f"write part {number + 1} of", self._key):
+                named = self._bucket.upload_part(self._key, self._upload, number + 1, data, crc if self._checksums else None)
+        except BackendError as exc:  # perhaps because the service has compared
+            self._check_unchanged(data, crc, exc)
+            raise
+        if not self._checksums and known is not None:  # the service has compared something that was computed later
+            self._check_unchanged(data, crc, None)
         self._parts[number] = (named, data.nbytes, crc)
+
+    def _check_unchanged(self, data: memoryview, crc: int, cause: BackendError | None) -> None:
+        if crc64nvme(data) != crc:
+            path = self._key.split("/", 2)[-1]
+            what = f"{path} changed in memory while it was sent, so nothing is published"
+            raise DamagedFile(f"{what}; let nothing write to tensors during a save", path) from cause
 
     def _put(self, data: bytes) -> str | None:
         with self._bucket.mapped("write", self._key):

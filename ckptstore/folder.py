@@ -316,7 +316,7 @@ class FolderWriter(Generic[_B]):
         self._state = "open"
         self._writing = 0
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
         with self._lock:
             if self._state != "failed":  # parts in other threads say themselves what is wrong with the disk

@@ -56,14 +56,18 @@ class ObjectInfo:
 class PartWriter(Protocol):
     """Writes one large object in parts. Nothing is visible under its key before `finish` returns."""
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """Write `data`, part `number` (from 0, in the order of the offsets), at byte `offset`. MUST write all of it or raise.
 
         Called from several threads; parts never overlap and leave no gap, but come in any order. `data` is only valid until the
         call returns. A part that failed with `Transient` may be written again, the same bytes under the same number.
 
+        Args:
+            crc: the CRC-64/NVME of `data`, if it is known already: for a service that compares it with what comes.
+
         Raises:
             BackendError, StorageFull: the whole file is lost; only `abort` may follow.
+            DamagedFile: likewise: the service, or the writer, has found that `data` has another `crc`, having changed since.
         """
 
     def start_finish(self) -> None:

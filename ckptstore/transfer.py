@@ -213,8 +213,9 @@ class FileSink:
         """Write consecutive pieces, in which chunks begin at `cuts`, counted from their first byte, and hash them if that is to be done."""
         # All is hashed before the first write: where pieces go in order, threads wait there, and need not hash then.
         sums = sums or self._hash(pieces, cuts)
+        whole = combine((length, crc) for length, crc, _ in sums) if not self._any_size and len(pieces) == 1 else None
         for view, _ in pieces:
-            self.writer.write(offset, view, number)
+            self.writer.write(offset, view, number, whole)
             offset += len(view)
             number += 1
         return sums

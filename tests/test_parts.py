@@ -39,7 +39,7 @@ class Parts:
     def __init__(self) -> None:
         self.parts: dict[int, tuple[int, bytes]] = {}
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         assert number not in self.parts
         self.parts[number] = (offset, bytes(data))
 
@@ -136,7 +136,7 @@ def test_memory_that_stays_is_written_while_the_next_is_prepared_and_kept_as_lon
     may_write, seen = threading.Event(), []
 
     class Held(Parts):
-        def write(self, offset: int, data: memoryview, number: int) -> None:
+        def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
             may_write.wait(60)
             seen.append(bytes(data))
 
@@ -193,7 +193,7 @@ def test_beside_a_single_writer_the_caller_hashes_the_next_part(monkeypatch: pyt
 
 def test_a_part_that_fails_is_told_by_a_later_write_or_by_close() -> None:
     class Full(Parts):
-        def write(self, offset: int, data: memoryview, number: int) -> None:
+        def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
             raise StorageFull("full")
 
     workers = Workers(2)
@@ -213,7 +213,7 @@ def test_large_tensors_are_sent_from_where_they_are() -> None:
     seen: list[Any] = []
 
     class Looking(Parts):
-        def write(self, offset: int, data: memoryview, number: int) -> None:
+        def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
             seen.append(data.obj is tensor.obj)
 
     sink = FileSink("f", Looking(), workers, SERVICE)

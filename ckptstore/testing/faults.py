@@ -133,9 +133,9 @@ class _FaultyWriter:
         self._backend = backend
         self._inner = inner
 
-    def write(self, offset: int, data: memoryview, number: int) -> None:
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
-        self._backend.run("writer.write", lambda: self._inner.write(offset, data, number))
+        self._backend.run("writer.write", lambda: self._inner.write(offset, data, number, crc))
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`."""
