@@ -90,6 +90,15 @@ def test_something_happens_at_some_calls(ram: Path, warm: Nursery, grown: Path, 
     assert fired > 0.8 * len(sample) > 20
 
 
+def test_nothing_can_be_removed_from_then_on(ram: Path, warm: Nursery, grown: Path, calls: list[Call]) -> None:
+    """All of these: a name that has become a second one of a finished file is for a later collection."""
+    removals = [call for call in calls if call.name == "unlinkat"]
+    for call in removals:
+        happened, violations = strike(warm, grown, ram / "store", call, "EIO from then on")
+        assert happened and violations == [], call
+    assert len(removals) > 4
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS)
 def test_it_happens_at_every_call(ram: Path, warm: Nursery, grown: Path, calls: list[Call], fault: str) -> None:
