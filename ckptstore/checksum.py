@@ -2,16 +2,59 @@
 
 S3 checks and keeps the same number (``x-amz-checksum-crc64nvme``), so one checksum serves the manifest and the wire. It detects
 accidents, not forgery. awscrt computes it at memory speed with the GIL released; it takes 70 ms to import, hence the late import.
+
+Besides, chunks may have a cryptographic checksum: a digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Protocol
 
-__all__ = ["ALGORITHM", "combine", "crc32", "crc64nvme", "sha256"]
+from .errors import WrongVersion
+
+__all__ = ["ALGORITHM", "DIGESTS", "Digest", "combine", "crc32", "crc64nvme", "digest_of", "new_digest", "sha256"]
 
 ALGORITHM = "crc64nvme"
+DIGESTS = ("sha256", "blake3")
+"""The kinds of digests, all of 32 bytes, by the names that manifests give them."""
+
+
+class Digest(Protocol):
+    """A digest of what is not all at hand at once."""
+
+    def update(self, data: memoryview, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def new_digest(kind: str) -> Digest:
+    """Return a digest of nothing yet, of one of the kinds of `DIGESTS`.
+
+    Raises:
+        WrongVersion: it needs a package that is not installed.
+    """
+    if kind == "sha256":
+        return hashlib.sha256()
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise WrongVersion(
+            "BLAKE3 checksums need the package blake3, which is not installed: pip install 'ckptstore[blake3]'"
+        ) from None
+    found: Digest = blake3()
+    return found
+
+
+def digest_of(kind: str, *data: memoryview) -> str:
+    """Return the digest of `data`, one behind the other, in lower-case hexadecimal; nothing if `kind` is empty. Raises `WrongVersion`."""
+    if not kind:
+        return ""
+    whole = new_digest(kind)
+    for piece in data:
+        whole.update(piece)
+    return whole.hexdigest()
 
 
 def crc64nvme(data: bytes | bytearray | memoryview, before: int = 0) -> int:

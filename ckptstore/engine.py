@@ -26,9 +26,11 @@ __all__ = ["Engine"]
 class Engine:
     """One store's moving parts. Thread-safe."""
 
-    def __init__(self, backend: Backend, key: Key | None = None) -> None:
+    def __init__(self, backend: Backend, key: Key | None = None, digest: str = "") -> None:
         self.backend = backend
         self.key = key
+        self.digest = digest or ("sha256" if key else "")
+        """The kind of cryptographic checksum that chunks get, one of `checksum.DIGESTS`, or empty."""
         self.log = Log(backend, key)
         self.workers = Workers(backend.capabilities.parallel)
         self.writer = self.workers if backend.capabilities.remote or key else Workers(1)

@@ -31,7 +31,7 @@ Each one says what to do, and also subclasses the builtin that code which never 
     ├── NotSerializable (TypeError)           torch.save cannot write the object
     ├── ChangedWhileSaving                    a tensor was changed before save_async, told that it would not be, had copied it
     ├── RankFailed                            another rank of this job failed, or found something else
-    ├── WrongVersion (ImportError)            a library is not of a version that its integration knows
+    ├── WrongVersion (ImportError)            a library is missing, or not of a version that its integration knows
     ├── WrongKind (TypeError)                 written by another integration than the one that loads it; says what to use
     ├── StateMismatch (ValueError)            the state does not fit the objects it is restored into
     ├── Fenced                                a newer job owns the store; this one must stop
@@ -225,7 +225,7 @@ class RankFailed(CkptStoreError):
 
 
 class WrongVersion(CkptStoreError, ImportError):
-    """An installed library is not of a version that the integration with it knows. Says which to use."""
+    """A library is not installed, or not of a version that the integration with it knows. Says which to use."""
 
 
 class WrongKind(CkptStoreError, TypeError):

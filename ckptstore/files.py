@@ -128,8 +128,7 @@ class Files:
         key = self._take(path)
         backend = self._engine.backend
         writer = backend.open_writer(data_key(self._id, key))
-        authentic = self._engine.key is not None
-        sink = FileSink(path, writer, self._engine.writer, backend.capabilities, authentic=authentic, fine=fine)
+        sink = FileSink(path, writer, self._engine.writer, backend.capabilities, digest=self._engine.digest, fine=fine)
         self._sinks[key] = sink
         return TransactionFile(self, sink, self._before_write)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .checksum import ALGORITHM
+from .checksum import ALGORITHM, DIGESTS
 from .envelope import JSON, from_number, seal, to_number, to_time, unseal
 from .errors import Damaged, DamagedManifest
 from .key import Key
@@ -21,7 +21,7 @@ CHUNK_LIMIT = 1 << 32
 """Longest chunk, in bytes; a reader needs one chunk in memory to check it. Only files of terabytes have chunks of more than 8 MiB."""
 
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class FileEntry:
     remote: str | None = None
     """The checksum that the service recorded, as in `ObjectInfo.checksum`."""
     digests: tuple[str, ...] = ()
-    """SHA-256 of each chunk, in a store with a key: whoever can change the data could make a CRC fit. Else empty."""
+    """The cryptographic checksum of each chunk, in a store with a key (whoever can change the data could make a CRC fit), or where it was
+    asked for. Else empty."""
+    digest: str = ""
+    """Of which kind they are, one of `DIGESTS`; empty if there are none."""
 
     @property
     def key(self) -> str:
@@ -97,7 +100,7 @@ def encode(manifest: Manifest, key: Key | None = None) -> bytes:
                     "crc": _hex(f.crc),
                     "chunks": [[n, _hex(c)] for n, c in f.chunks],
                     **({"remote": f.remote} if f.remote else {}),
-                    **({"sha256": list(f.digests)} if key else {}),
+                    **({f.digest: list(f.digests)} if f.digest else {}),
                 }
                 for f in manifest.files
             ],
@@ -156,10 +159,11 @@ def _decode_file(item: JSON, authentic: bool) -> FileEntry:
     remote = item.get("remote")
     if remote is not None and not isinstance(remote, str):
         raise ValueError("a service's checksum is malformed")
-    digests = tuple(_digest(d) for d in item["sha256"]) if authentic else ()
-    if authentic and len(digests) != len(chunks):
-        raise ValueError("a chunk has no SHA-256")
-    return FileEntry(check_path(item["path"]), size, _unhex(item["crc"]), chunks, remote, digests)
+    digest = next((kind for kind in DIGESTS if kind in item), "")
+    digests = tuple(_digest(d) for d in item[digest]) if digest else ()
+    if (authentic or digest) and len(digests) != len(chunks):
+        raise ValueError("a chunk has no digest")
+    return FileEntry(check_path(item["path"]), size, _unhex(item["crc"]), chunks, remote, digests, digest)
 
 
 def _length(value: JSON) -> int:
@@ -169,8 +173,8 @@ def _length(value: JSON) -> int:
 
 
 def _digest(value: JSON) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError("a SHA-256 is malformed")
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError("a digest is malformed")
     return value
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .checksum import new_digest
 from .errors import InvalidOption
 from .retention import Retention
 from .url import unknown_option
@@ -18,6 +19,7 @@ STORE_OPTIONS = {
     "keep_best": "also keep the best N by best_metric",
     "best_metric": "the metric that keep_best compares",
     "best_mode": "'min' (default) if lower is better, 'max' if higher is",
+    "digest": "'blake3' adds a cryptographic checksum to the CRC-64 of each chunk; needs ckptstore[blake3]",
     "retry_seconds": "how long to repeat what a service over a network could not answer (default 120; 0: not at all)",
     "single_writer": "'1' allows storage without create-if-absent; you make sure that only one job ever writes",
 }
@@ -31,6 +33,8 @@ class Options:
     retention: Retention
     single_writer: bool
     retry_seconds: float
+    digest: str
+    """Empty if none is asked for."""
     backend: Mapping[str, str]
     """What is left for the backend, as text."""
 
@@ -40,6 +44,7 @@ def split_options(given: Mapping[str, Any], backend_options: Mapping[str, str]) 
 
     Raises:
         InvalidOption: unknown, with the nearest match, or with a bad value.
+        WrongVersion: `digest` needs a package that is not installed.
     """
     rules: dict[str, Any] = {}
     for name in ("keep_last", "keep_every", "keep_best"):
@@ -56,8 +61,17 @@ def split_options(given: Mapping[str, Any], backend_options: Mapping[str, str]) 
         Retention(**rules),
         _flag("single_writer", given.get("single_writer", "0")),
         _seconds(given.get("retry_seconds", 120)),
+        _digest(given.get("digest", "")),
         rest,
     )
+
+
+def _digest(value: Any) -> str:
+    if value not in ("", "blake3"):
+        raise InvalidOption(f"digest must be 'blake3', or not be given, not {value!r:.100}")
+    if value:
+        new_digest(value)  # or say what to install
+    return str(value)
 
 
 def _seconds(value: Any) -> float:

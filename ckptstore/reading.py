@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import mmap
 from bisect import bisect_right
@@ -11,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from .checksum import crc64nvme, sha256
+from .checksum import crc64nvme, digest_of, new_digest
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import FileEntry
 from .protocol import Backend, LocalFiles, ObjectInfo
@@ -186,7 +185,7 @@ class Chunks:
 
     def compare(self, number: int, crc: int, digest: str) -> list[DamagedFile]:
         """Return what is wrong with a chunk of these checksums, if anything is."""
-        if crc == self.entry.chunks[number][1] and (not self.entry.digests or digest == self.entry.digests[number]):
+        if crc == self.entry.chunks[number][1] and (not self.entry.digest or digest == self.entry.digests[number]):
             return []
         low, high = self.starts[number], self.starts[number] + self.entry.chunks[number][0]
         return [DamagedFile(f"{self.key} fails its checksum in bytes {low}–{high - 1}", self.entry.path, [(low, high)])]
@@ -239,12 +238,12 @@ class _Pass:
             for n in range(first, after):
                 at = self._chunks.starts[n] - start
                 chunk = view[at : at + self._chunks.entry.chunks[n][0]]
-                bad += self._chunks.compare(n, crc64nvme(chunk), sha256(chunk) if self._chunks.entry.digests else "")
+                bad += self._chunks.compare(n, crc64nvme(chunk), digest_of(self._chunks.entry.digest, chunk))
         return bad
 
     def _one(self, start: int, stop: int, number: int) -> list[DamagedFile]:
         """Do it for one chunk, which may be large: block by block."""
-        crc, digest = 0, hashlib.sha256() if self._chunks.entry.digests else None
+        crc, digest = 0, new_digest(self._chunks.entry.digest) if self._chunks.entry.digest else None
         for low in range(start, stop, self._block):
             with self._read(low, min(low + self._block, stop)) as view:
                 crc = crc64nvme(view, crc)

@@ -101,7 +101,7 @@ class Store(Asynchronous, Distributed):
         if parsed.scheme == "file":  # a pickled store shall find the same folder from another current one
             url, options = Path(os.path.abspath(parsed.location)), {**parsed.options, **options}
         self._arguments = (url, acquire, options)
-        self._engine = Engine(backend, key)
+        self._engine = Engine(backend, key, chosen.digest)
         self._writer = Writer(
             backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=chosen.single_writer, epoch=epoch
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .checksum import combine, crc32, crc64nvme, sha256
+from .checksum import combine, crc32, crc64nvme, digest_of
 from .manifest import CHUNK_LIMIT, FileEntry
 from .protocol import Capabilities, PartWriter
 from .workers import Job, Workers, drain
 
 __all__ = ["FileSink"]
 
-_Sums = list[tuple[int, int, str]]  # of each chunk of a part: its length in bytes, its CRC, and its SHA-256 or nothing
+_Sums = list[tuple[int, int, str]]  # of each chunk of a part: its length in bytes, its CRC, and its digest or nothing
 _CUTS = 10_000
 """After so many chunks within parts they get larger, so that they stay few in a file of terabytes."""
 _Piece = tuple[memoryview, object]  # with what keeps its memory
@@ -26,7 +26,8 @@ class FileSink:
     With a single worker, which then does nothing but write, the caller hashes: one file takes one write at a time, and while it does, there
     is time for the next part's sums.
 
-    With `fine`, a part has several chunks, cut between writes: who wants one tensor of many need not read, and check, eight megabytes.
+    With `digest`, one of `DIGESTS`, chunks get that besides. With `fine`, a part has several chunks, cut between writes: who wants one
+    tensor of many need not read, and check, eight megabytes.
     """
 
     def __init__(
@@ -36,11 +37,11 @@ class FileSink:
         workers: Workers,
         storage: Capabilities,
         *,
-        authentic: bool = False,
+        digest: str = "",
         fine: bool = False,
     ) -> None:
         self.path = path
-        self._authentic = authentic
+        self._digest = digest
         self.writer = writer
         self._workers = workers
         self._storage = storage
@@ -186,8 +187,8 @@ class FileSink:
             self._settle(self._running)
         sums = [one for found in self._sums for one in (found if isinstance(found, list) else found.result())]
         chunks = tuple((length, crc) for length, crc, _ in sums)
-        digests = tuple(digest for _, _, digest in sums if digest)
-        return FileEntry(self.path, self._offset, combine(chunks), chunks, digests=digests)
+        digests = tuple(digest for _, _, digest in sums) if self._digest else ()
+        return FileEntry(self.path, self._offset, combine(chunks), chunks, digests=digests, digest=self._digest)
 
     def abort(self) -> None:
         """Drop the file. Never raises for anything the storage does."""
@@ -226,7 +227,7 @@ class FileSink:
             crc = 0
             for view in chunk:
                 crc = crc64nvme(view, crc)
-            sums.append((sum(map(len, chunk)), crc, sha256(*chunk) if self._authentic else ""))
+            sums.append((sum(map(len, chunk)), crc, digest_of(self._digest, *chunk)))
         return sums
 
     def _settle(self, jobs: list[Job[_Sums]]) -> None:
