@@ -172,7 +172,7 @@ def test_beside_a_single_writer_the_caller_hashes_the_next_part(monkeypatch: pyt
         return crc64nvme(data, before)
 
     class Slow(Parts):
-        def write(self, offset: int, data: memoryview, number: int) -> None:
+        def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
             assert threading.current_thread() is not threading.main_thread()
             ahead.append(hashed.acquire(timeout=60) and (number == 3 or hashed.acquire(timeout=60)))
             hashed.release()
