@@ -22,8 +22,8 @@ from typing import Any
 from ckptstore import Store
 from ckptstore.bases import base_keys, bases_of
 
-_ANSWER = 60.0
-"""Seconds after which a process that says nothing is taken to hang."""
+_ANSWER = 200.0
+"""Seconds after which a process that says nothing is taken to hang: it may have got no processor for a minute."""
 
 
 class Channel:
@@ -139,7 +139,7 @@ class Nursery:
 
     def __init__(self, *modules: str) -> None:
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(5 * _ANSWER)  # what it imports may be large, and the machine busy
+        self._socket.settimeout(1.5 * _ANSWER)  # what it imports may be large, and the machine busy
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "error", __file__, str(theirs.fileno()), *modules]
         self._process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()])
