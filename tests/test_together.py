@@ -185,6 +185,8 @@ def test_beside_an_owner_nothing_is_written_without_a_create_if_absent() -> None
     backend.capabilities = replace(backend.capabilities, atomic_create=False)
     with pytest.raises(NoAtomicCreate, match="single_writer=1"), store_on(backend, acquire=False).transaction() as tx:
         pytest.fail(f"{tx.id} was begun")
+    with pytest.raises(NoAtomicCreate, match="single_writer=1"):
+        store_on(backend, acquire=False).tag("best", "latest")
     assert objects(backend) == before
 
 
