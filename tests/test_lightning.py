@@ -149,7 +149,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "every epoch": ({"every_n_epochs": 1, "save_top_k": -1}, {}),
     "after validation": ({"monitor": "val_loss", "save_top_k": 2, "save_on_train_epoch_end": False}, {}),
     "in the background": (
-        {"every_n_train_steps": 3, "monitor": "loss", "save_top_k": 2},
+        {"every_n_train_steps": 3, "monitor": "loss", "save_top_k": 2, "save_last": True},
         {"asynchronous": True, "limit_val_batches": 0},
     ),
     "accumulated": ({"every_n_train_steps": 1, "save_last": True}, {"accumulate_grad_batches": 2, "limit_val_batches": 0}),
@@ -272,16 +272,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, warm: Nursery) -> N
     assert told(warm, fall_back, str(tmp_path)) == ["fell back"]
 
 
-class Unpicklable:
-    """Can be copied, not saved."""
-
-    def __deepcopy__(self, memo: object) -> Any:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError("cannot be saved")
-
-
 def refuse(channel: Channel, folder: str) -> None:
     """Meet what cannot be: a clear error, and nothing published."""
     quietly()
@@ -302,17 +292,6 @@ def refuse(channel: Channel, folder: str) -> None:
     assert not io.load_checkpoint("latest")
     with pytest.raises(CheckpointNotFound, match="nothing to evaluate"):
         make_trainer(url, folder).validate(make_model(), make_loader(), ckpt_path="latest", verbose=False)
-
-    # What cannot be saved in the background is raised by the next save, and what it should have replaced stays.
-    late = StoreCheckpointIO(f"{folder}/late", asynchronous=True)
-    late.save_checkpoint({"global_step": 1}, "a.ckpt")
-    late.teardown()
-    late.save_checkpoint({"global_step": 2, "lock": Unpicklable()}, "b.ckpt")
-    late.remove_checkpoint("a.ckpt")
-    with pytest.raises(TypeError, match="cannot be saved"):
-        late.save_checkpoint({"global_step": 3}, "c.ckpt")
-    late.teardown()
-    assert late.store.names() == {name: late.store.checkpoint(step=1).id for name in ("latest", "a")}
 
     io.store.save({"mine": 1}, step=1)
     trainer = make_trainer(url, folder)
@@ -343,6 +322,66 @@ def refuse(channel: Channel, folder: str) -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path, warm: Nursery) -> None:
     assert told(warm, refuse, str(tmp_path)) == ["refused"]
+
+
+def late(channel: Channel) -> None:
+    """Save in the background what succeeds, what cannot be saved, and what fails late."""
+    quietly()
+    import threading
+
+    import torch
+    from stores import new_memory, store_on
+
+    from ckptstore import BackendError
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+    from ckptstore.testing import Fault, FaultyBackend
+
+    backend = FaultyBackend(new_memory())
+    io = StoreCheckpointIO(store_on(backend, keep_last=1), asynchronous=True)
+    weights, gate = torch.ones(1000), threading.Event()
+    backend.plan.append(Fault("put_if_absent", 0, before=lambda: gate.wait(60)))
+    io.save_checkpoint({"global_step": 1, "w": weights}, "a.ckpt")
+    weights.fill_(2)
+    assert io._pending is not None and not io._pending.done()
+    gate.set()
+    io.teardown()
+    assert io.load_checkpoint("a.ckpt")["w"].eq(1).all()
+    assert io.store.checkpoint("a").by == "lightning"
+
+    # What cannot be saved is told at once, and leaves nothing behind.
+    with pytest.raises(NotSerializable, match="lock"):
+        io.save_checkpoint({"global_step": 2, "lock": threading.Lock()}, "b.ckpt")
+    io.teardown()
+
+    # An older one goes when the newer one is durable, in the order in which ModelCheckpoint says so.
+    gate.clear()
+    io.save_checkpoint({"global_step": 3, "w": weights}, "c.ckpt")
+    io.remove_checkpoint("a.ckpt")
+    assert set(io.store.names()) == {"latest", "a"}
+    gate.set()
+    io.save_checkpoint({"global_step": 3, "w": weights}, "last.ckpt")
+    io.teardown()
+    assert set(io.store.names()) == {"latest", "c", "last"}
+    assert len({io.store.checkpoint(name).id for name in ("latest", "last")}) == 1
+
+    # What fails late is raised by the next save, or at the end, and what it should have replaced stays.
+    for end in (lambda: io.save_checkpoint({"global_step": 5}, "e.ckpt"), io.teardown):
+        backend.plan[:] = [Fault("put_if_absent", 0, before=BackendError("the disk is gone"))]
+        io.save_checkpoint({"global_step": 4, "w": weights}, "d.ckpt")
+        io.remove_checkpoint("c.ckpt")
+        with pytest.raises(BackendError, match="the disk is gone"):
+            end()
+        backend.plan.clear()
+        io.teardown()
+        assert set(io.store.names()) == {"latest", "c", "last"}
+    io.save_checkpoint({"global_step": 6, "w": weights}, "f.ckpt")
+    io.teardown()
+    assert io.store.checkpoint("latest").step == 6
+    channel.send("told")
+
+
+def test_what_fails_in_the_background(warm: Nursery) -> None:
+    assert told(warm, late) == ["told"]
 
 
 def told_to_stop(channel: Channel, folder: str) -> None:

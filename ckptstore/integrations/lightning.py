@@ -14,13 +14,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from .. import rng
+from ..background import PendingSave
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointNotFound, NotSerializable, StateMismatch, StoreWarning, UsageError, WrongKind
 from ..lookup import existing, find, first_whole, newest_first
@@ -29,7 +28,8 @@ from ..ranks import Ranks, ranks_of
 from ..restore import newest_whole_for_all
 from ..sampler._progress import Interruptable
 from ..store import Store
-from ..transaction import Draft
+from ..transaction import Draft, Transaction
+from ..workers import Job
 from ._library import require_version
 from ._pins import let_go, pin_for
 
@@ -55,15 +55,16 @@ class StoreCheckpointIO:
 
     Args:
         store: a path, a URL or a `Store`.
-        asynchronous: copy what is to be saved, and save it in the background, one at a time. A failure is raised by the next save, or
-            when training ends.
+        asynchronous: save in the background, one at a time, as `Store.save_async` does. A failure is raised by the next save, or when
+            training ends.
     """
 
     def __init__(self, store: Store | str | os.PathLike[str], *, asynchronous: bool = False) -> None:
         self.store = store if isinstance(store, Store) else Store(store)
         self._asynchronous = asynchronous
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._pending: PendingSave | None = None
+        self._leaving: list[Job[None]] = []
+        """What lets checkpoints go when that save is done."""
         self.fitting: bool | None = None
         """Whether what is loaded next is to be trained on, and the store has been acquired; None: not known. `ExactResume` sets it."""
         for package in ("lightning.fabric", "lightning_fabric"):
@@ -83,23 +84,27 @@ class StoreCheckpointIO:
         draft = Draft.check(name, step, None, metadata, None)
         pins = () if pin in (_LATEST, name) else (pin,)
 
-        def save(state: dict[str, Any]) -> None:
-            with self.store._begin(draft) as tx:
-                tx.by, tx.pins = BY, pins
-                tx.save(state)
+        def begin(draft: Draft) -> Transaction:
+            tx = self.store._begin_now(draft)
+            tx.by, tx.pins = BY, pins
+            return tx
 
-        if not self._asynchronous:
-            save(checkpoint)
-            return
         self._wait()
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "ckptstore-lightning")
-        self._pending = self._thread.submit(save, deepcopy(checkpoint))
+        background = self.store._background
+        if self._asynchronous:
+            self._pending = background.save(begin, checkpoint, draft, when_busy="wait", rng=False, optimizer=None, checked=False)
+            return
+        background.wait()
+        with begin(draft) as tx:
+            tx.save(checkpoint)
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
+        leaving, self._leaving = self._leaving, []
         if pending is not None:
             pending.result()
+        for job in leaving:
+            job.result()
 
     def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Load, with every byte checked. All ranks must call this; they get the same checkpoint.
@@ -151,16 +156,17 @@ class StoreCheckpointIO:
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Let a checkpoint go: it stays only as long as the store's retention says. Not before what was saved last is durable."""
-        pin = pin_for(path)
-        if self._pending is None or self._pending.done():
+        pin, pending = pin_for(path), self._pending
+        if pending is None:
             let_go(self.store, pin)
-        else:
-            self._pending.add_done_callback(
-                lambda saved: None if saved.cancelled() or saved.exception() else let_go(self.store, pin)
-            )
+            return
+        leaving = Job(let_go, self.store, pin)
+        self._leaving.append(leaving)
+        # In the thread that saves; here, if that is done already.
+        pending.add_done_callback(lambda saved: leaving.cancel() if saved.cancelled() or saved.exception() else leaving.run())
 
     def teardown(self) -> None:
-        """Wait for what is being saved.
+        """Wait for what is being saved, and give back the memory for it.
 
         Raises:
             Exception: what it failed with.
@@ -168,9 +174,7 @@ class StoreCheckpointIO:
         try:
             self._wait()
         finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-                self._thread = None
+            self.store._background.close()
 
 
 def _step(checkpoint: dict[str, Any]) -> int | None:
