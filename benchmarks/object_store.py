@@ -3,7 +3,8 @@
 Each client does what its users do: it writes what ``torch.save`` makes and reads it back with ``torch.load``. Only `Store` checks every
 byte that it loads. CPU seconds are those of the client's process; the server's are told beside them, because both share the CPUs: where
 it takes many times as many, no client can be much faster than another. SeaweedFS compares the CRC-64/NVME of each part. rclone takes less,
-and compares only Content-MD5, which `Store` sends to it in place of the CRC, and of the others none.
+and compares only Content-MD5, which `Store` sends to it in place of the CRC, and of the others none. When an object is first looked at, it
+reads and hashes the whole of it: `Store` looks at once, to compare the size, so that this is part of its saves, and of no load that counts.
 """
 
 import io
