@@ -16,9 +16,11 @@ from stores import new_memory, objects, state_of, store_on, write
 
 from ckptstore import Store
 from ckptstore.errors import (
+    Ambiguous,
     BackendError,
     CommitUnknown,
     DamagedManifest,
+    DamagedRecord,
     FallbackWarning,
     Fenced,
     InvalidName,
@@ -26,6 +28,7 @@ from ckptstore.errors import (
     Transient,
     Unreadable,
 )
+from ckptstore.log import slot_key
 from ckptstore.testing import Fault, FaultyBackend
 from ckptstore.workers import Job, Workers
 from ckptstore.wrapper import Wrapper
@@ -188,6 +191,41 @@ def test_beside_an_owner_nothing_is_written_without_a_create_if_absent() -> None
     with pytest.raises(NoAtomicCreate, match="single_writer=1"):
         store_on(backend, acquire=False).tag("best", "latest")
     assert objects(backend) == before
+
+
+def test_a_probe_without_an_answer_is_made_again() -> None:
+    faulty = FaultyBackend(new_memory(), [Fault("put_if_absent", 1, before=BackendError("not now"))])
+    faulty.capabilities = replace(faulty.capabilities, probe=True)
+    store = store_on(faulty)
+    with pytest.raises(BackendError, match="not now"):
+        store.acquire()
+    store.acquire()
+    assert faulty.calls["put_if_absent"] == 1 + 2 + 1  # then the probe, whose second write is refused, and the record
+
+
+def test_what_was_never_confirmed_to_be_durable_stays_so() -> None:
+    faulty = FaultyBackend(new_memory())
+    store = store_on(faulty)
+    write(store)
+    faulty.plan.append(
+        Fault("put_if_absent", faulty.calls["put_if_absent"] + 1, after=Ambiguous("the flush failed", durable=False))
+    )
+    with pytest.raises(CommitUnknown) as error:
+        store.tag("best", "latest")
+    with pytest.raises(CommitUnknown, match="save once more") as again:
+        store.resolve(error.value.op_id)
+    assert (error.value.durable, again.value.durable) == (False, False)
+    assert "best" in store
+
+
+def test_no_outcome_is_made_up_for_a_record_that_is_gone() -> None:
+    backend = new_memory()
+    store = store_on(backend, keep_last="all")
+    for _ in range(3):
+        write(store)
+    del objects(backend)[slot_key(2)]
+    with pytest.raises(DamagedRecord, match="commit record 2 is not there"):
+        store.resolve("2-abcdef")
 
 
 def test_a_fenced_job_is_told_so_without_asking_again() -> None:
