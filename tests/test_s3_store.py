@@ -64,7 +64,7 @@ class _Restless(Wrapper):
         passed_on = writer.write
 
         def write(offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
-            self.memory[-1] ^= 1
+            self.memory[-1] = (self.memory[-1] + 1) % 256  # not back to what it was, with a part in another thread
             passed_on(offset, data, number, crc)
 
         writer.write = write  # type: ignore[method-assign]
