@@ -192,17 +192,22 @@ def test_killed_at_any_moment(tmp_path: Path, warm: Nursery, kind: str, kills: i
         assert store.verify() == []
 
 
-@pytest.mark.parametrize("kind", ["every epoch", pytest.param("every step", marks=pytest.mark.soak)])
-def test_resumed_at_the_start_of_an_epoch(tmp_path: Path, warm: Nursery, kind: str) -> None:
-    """There the loader draws from the generators once more."""
+@pytest.mark.parametrize(
+    ("kind", "epochs"),
+    [("every epoch", 1), pytest.param("every step", 1, marks=pytest.mark.soak), ("every epoch", EPOCHS), ("every step", EPOCHS)],
+)
+def test_resumed_at_the_end_of_an_epoch(tmp_path: Path, warm: Nursery, kind: str, epochs: int) -> None:
+    """There the loader draws from the generators once more, but not if it was the last one."""
     saves, options = KINDS[kind]
     whole = warm.start(fit, str(tmp_path / "whole"), str(tmp_path), saves, options).rest()
     child = warm.start(fit, str(tmp_path / "store"), str(tmp_path), saves, options)
-    for _ in range(BATCHES + 2):
+    for _ in range(epochs * BATCHES + 2):
         child.recv()
     child.kill()
     again = warm.start(fit, str(tmp_path / "store"), str(tmp_path), saves, options).rest()
-    assert again[0] == ["started", BATCHES]
+    if (kind, epochs) == ("every epoch", EPOCHS):  # saved when all was done: nothing is started any more
+        assert again == whole[-1:]
+    assert again[0] in (["started", epochs * BATCHES], whole[-1])
     assert again[-1] == whole[-1]
 
 

@@ -260,16 +260,15 @@ class ExactResume(_Callback):  # type: ignore[misc]
         elif not begins and not _stateful(trainer):
             message = "this epoch is gone on with, but the training loader can only start anew: samples will be repeated"
             warnings.warn(f"{message}; give it one of ckptstore's samplers", StoreWarning, stacklevel=2)
-        rank, generators = trainer.global_rank, saved["generators"]
-        if len(generators) == trainer.world_size:
-            rng.restore(generators[rank])
-        else:
-            message = (
-                f"the random generators of {len(generators)} ranks were saved, and there are {trainer.world_size}: not restored"
-            )
-            warnings.warn(message, StoreWarning, stacklevel=2)
-        if begins and not _stateful(trainer):
+        _restore_generators(trainer, saved["generators"])
+        if begins and not _stateful(trainer) and not trainer.fit_loop.done:  # no epoch begins after the last one
             iter(trainer.fit_loop._data_fetcher)  # draws a seed from the generators, as at the start of every epoch
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the generators of a run that had ended, and so was not started."""
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            _restore_generators(trainer, saved["generators"])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch, before `ModelCheckpoint`, which Lightning calls last, may save."""
@@ -282,6 +281,14 @@ class ExactResume(_Callback):  # type: ignore[misc]
         if sampler is not None:
             sampler.reset_progress()
             sampler.set_epoch(sampler.epoch + 1)
+
+
+def _restore_generators(trainer: Any, saved: list[Any]) -> None:
+    if len(saved) == trainer.world_size:
+        rng.restore(saved[trainer.global_rank])
+    else:
+        message = f"the random generators of {len(saved)} ranks were saved, and there are {trainer.world_size}: not restored"
+        warnings.warn(message, StoreWarning, stacklevel=3)
 
 
 def _loader(trainer: Any) -> Any:
