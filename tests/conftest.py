@@ -12,13 +12,16 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import evidence
 import pytest
 from procs import Nursery, nursery
 
 import ckptstore
+
+if TYPE_CHECKING:
+    from ranks_rig import Ranks
 
 # -- a run of the tests, and the soak's evidence: see evidence.py
 
@@ -78,6 +81,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def warm(request: pytest.FixtureRequest) -> Iterator[Nursery]:
     """A process from which to fork children, which has imported the test module, or what that names in WARM, and `procs`."""
     yield from nursery("procs", *getattr(request.module, "WARM", (request.module.__name__,)))
+
+
+@pytest.fixture
+def ranks(warm: Nursery, tmp_path: Path) -> Ranks:
+    """Runs functions of the test module on all ranks of new process groups."""
+    from ranks_rig import Ranks  # imports torch
+
+    return Ranks(warm, tmp_path)
 
 
 # -- what tests call

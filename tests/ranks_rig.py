@@ -1,4 +1,4 @@
-"""Ranks: real processes in one gloo process group, forked from a warm parent. A test module takes them in with ``pytest_plugins``."""
+"""Ranks: real processes in one gloo process group, forked from a warm parent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from procs import Channel, Child, Nursery
@@ -17,11 +16,6 @@ from procs import Channel, Child, Nursery
 _numbers = itertools.count()
 LIMIT = timedelta(seconds=30)
 """After which a collective gives up: nothing may hang."""
-
-
-@pytest.fixture
-def ranks(warm: Nursery, tmp_path: Path) -> Ranks:
-    return Ranks(warm, tmp_path)
 
 
 class Ranks:

@@ -16,7 +16,7 @@ from s3_rig import Service
 
 from ckptstore import Store
 
-pytest_plugins = ("s3_fixtures", "ranks_rig")
+pytest_plugins = ("s3_fixtures",)
 WARM = ("dcp_process", "ranks_rig")
 
 

@@ -25,7 +25,7 @@ from ranks_rig import Ranks
 import ckptstore
 from ckptstore import Store
 
-pytest_plugins = ("juicefs_fixtures", "ranks_rig")
+pytest_plugins = ("juicefs_fixtures",)
 WARM = ("dcp_process", "ranks_rig")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 
