@@ -151,7 +151,7 @@ def test_torchrun_starts_again_after_a_rank_was_killed(tmp_path: Path) -> None:
     script.write_text(work.TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=10"]
     env = {**os.environ, "PYTHONPATH": str(Path(ckptstore.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, script, tmp_path / "run"], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, script, tmp_path / "run"], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     with Store(tmp_path / "run") as store:
         kept = [(int(c.id.partition("-")[0][1:]), c.step) for c in store.checkpoints()]
