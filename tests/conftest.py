@@ -112,7 +112,7 @@ def mounted(place: Path, kind: str, options: str, device: str = "none") -> Itera
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(place)], check=True)  # a deletion in the background may not have ended
 
 
 @pytest.fixture
