@@ -112,7 +112,8 @@ def mounted(place: Path, kind: str, options: str, device: str = "none") -> Itera
     try:
         yield
     finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)  # a deletion in the background may not have ended
+        at_once = ["-l"] if kind == "tmpfs" else []  # though a deletion in the background may have something open
+        subprocess.run(["umount", *at_once, str(place)], check=True)
 
 
 @pytest.fixture
