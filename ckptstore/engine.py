@@ -33,7 +33,7 @@ class Engine:
         """The kind of cryptographic checksum that chunks get, one of `checksum.DIGESTS`, or empty."""
         self.log = Log(backend, key)
         self.workers = Workers(backend.capabilities.parallel)
-        self.writer = self.workers if backend.capabilities.remote or key else Workers(1)
+        self.writer = self.workers if backend.capabilities.remote or self.digest == "sha256" else Workers(1)
         """Write files. One thread: a file on this machine takes one write at a time, and while that lasts, what comes next is hashed. But
         parts travel to a service side by side, and SHA-256 takes longer than writing."""
         self.verdicts: dict[str, bool] = {}
