@@ -12,29 +12,15 @@ from __future__ import annotations
 import math
 import pickletools
 import re
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import UnsafeContent
+from .opcodes import COUNTED, FIXED, OPCODES, SLACK, modern
 
-__all__ = ["global_names", "plain_ops", "scan"]
+__all__ = ["scan"]
 
-_SLACK = 1 << 20
-"""Bytes a pickle may always allocate."""
 _MAX_DIMS = 64  # more than any operation of torch takes, and sizes of a million dimensions would be slow to multiply
-_LENGTH_BYTES = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT4: 4}
-_LENGTH_BYTES |= {pickletools.TAKEN_FROM_ARGUMENT4U: 4, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
-_OPCODES = {ord(op.code): op for op in pickletools.opcodes}
-_FIXED = [0] * 256
-"""Bytes of an opcode with its argument, 0 where the argument says it."""
-_COUNTED = [0] * 256
-"""Bytes of the count in front of the argument, 0 where there is none."""
-for _code, _op in _OPCODES.items():
-    if _op.arg is None or _op.arg.n >= 0:
-        _FIXED[_code] = 1 + (_op.arg.n if _op.arg is not None else 0)
-    else:
-        _COUNTED[_code] = _LENGTH_BYTES.get(_op.arg.n, 0)
 _LINES = {ord(op.code): 2 if op.name in ("GLOBAL", "INST") else 1 for op in pickletools.opcodes if op.arg and op.arg.n == -1}
 
 _STORAGE_ITEM = {"Double": 8, "Float": 4, "Half": 2, "Long": 8, "Int": 4, "Short": 2, "BFloat16": 2, "ComplexDouble": 16}
@@ -68,15 +54,6 @@ class _Tensor:
     dtype: str
 
 
-def _modern(module: str, name: str) -> str:
-    """Return the dotted Python 3 name of what protocol 2 writes under its Python 2 name."""
-    if (module, name) in NAME_MAPPING:
-        module, name = NAME_MAPPING[module, name]
-    else:
-        module = IMPORT_MAPPING.get(module, module)
-    return f"{module}.{name}"
-
-
 def _storage_item(name: str) -> int:
     """Return the bytes per element of the storage class `name` (``FloatStorage``); untyped ones count bytes."""
     return _STORAGE_ITEM.get(name.rpartition(".")[2].removesuffix("Storage"), 1)
@@ -86,78 +63,6 @@ def _dtype_item(name: str) -> int:
     # torch's canonical dtype names carry their bits; those without are listed, and anything else is one byte wide.
     bits = re.search(r"[a-z](\d+)", name)
     return _DTYPE_ITEM.get(name, max(1, int(bits[1]) // 8) if bits else 1)
-
-
-def global_names(data: bytes) -> frozenset[str] | None:
-    """Return the dotted names of all classes and functions in a pickle that this process just made.
-
-    None if the pickle holds anything that torch's restricted unpickler may not read, whatever it names. Fast (about 0.1 µs per
-    opcode), and only for trusted pickles: a broken one raises IndexError or ValueError.
-    """
-    names: set[str] = set()
-    fixed, pos = _PLAIN, 0
-    while True:
-        op = data[pos]
-        if size := fixed[op]:
-            pos += size
-        elif op == 0x58:  # BINUNICODE
-            pos += 5 + int.from_bytes(data[pos + 1 : pos + 5], "little")
-        elif op == 0x63:  # GLOBAL
-            middle = data.index(b"\n", pos)
-            end = data.index(b"\n", middle + 1)
-            names.add(_modern(data[pos + 1 : middle].decode(), data[middle + 1 : end].decode()))
-            pos = end + 1
-        elif op == 0x8A:  # LONG1
-            pos += 2 + data[pos + 1]
-        elif op == 0x2E:  # STOP
-            return frozenset(names)
-        else:
-            return None
-
-
-_PLAIN = [0] * 256
-"""`_FIXED` for the opcodes that ``torch/_weights_only_unpickler.py`` reads (as of 2.13); the others send the caller to torch."""
-for _code in b"\x80\x81\x85\x86\x87\x88\x89\x8f()GJKMNQR]abehjqrstu}":
-    _PLAIN[_code] = _FIXED[_code]
-
-
-def plain_ops(data: bytes, size: int) -> bool:
-    """Say whether a pickle from anywhere takes memory in proportion to `size`, the bytes of its file, whatever it calls takes none.
-
-    Only for pickles of the simplest opcodes, those that plain tensors and containers are made of; of others it says no. The C unpickler
-    keeps its memo in an array, however few entries that has; BUILD copies what may be large, and may be asked for again and again.
-    """
-    fixed, pos, builds = _SIMPLE, 0, 0
-    try:
-        while True:
-            op = data[pos]
-            if step := fixed[op]:
-                pos += step
-            elif op == 0x72:  # LONG_BINPUT
-                if int.from_bytes(data[pos + 1 : pos + 5], "little") > pos:
-                    return False
-                pos += 5
-            elif op == 0x58:  # BINUNICODE
-                pos += 5 + int.from_bytes(data[pos + 1 : pos + 5], "little")
-            elif op == 0x63:  # GLOBAL
-                pos = data.index(b"\n", data.index(b"\n", pos) + 1) + 1
-            elif op == 0x8A:  # LONG1
-                pos += 2 + data[pos + 1]
-            elif op == 0x62:  # BUILD
-                builds += 1
-                pos += 1
-            else:  # 0x2E: STOP
-                return op == 0x2E and builds * len(data) * _ITEM <= size + _SLACK
-    except (IndexError, ValueError):
-        return False
-
-
-_ITEM = 64
-"""Bytes of memory that a byte of a pickle may take at most, in a dict that is copied."""
-_SIMPLE = [0] * 256
-"""`_FIXED` for the opcodes that `plain_ops` lets pass as they are."""
-for _code in b"\x80\x85\x86\x87\x88\x89()GJKMNQR]aehjqstu}":
-    _SIMPLE[_code] = _FIXED[_code]
 
 
 def scan(data: bytes, records: Mapping[str, int], budget: int) -> None:
@@ -179,7 +84,7 @@ class _Machine:
     def __init__(self, data: bytes, records: Mapping[str, int], budget: int) -> None:
         self.data = data
         self.records = records
-        self.budget = self.bytes_left = budget + _SLACK
+        self.budget = self.bytes_left = budget + SLACK
         self.items_left = len(data)  # each item of a legitimate copy was pushed once, by an opcode of its own
         self.seen: set[str] = set()
         self.stack: list[object] = []
@@ -212,9 +117,9 @@ class _Machine:
             elif op == 0x2E:  # STOP
                 return
             else:
-                if size := _FIXED[op]:
+                if size := FIXED[op]:
                     end = pos + size
-                elif count := _COUNTED[op]:
+                elif count := COUNTED[op]:
                     arg += count
                     end = arg + int.from_bytes(data[pos + 1 : arg], "little")
                 elif op in _LINES:
@@ -246,7 +151,7 @@ class _Machine:
             self.stack.append(items)
         elif op == 0x63:  # GLOBAL
             module, name = data[arg : end - 1].decode("utf-8", "replace").split("\n")
-            stack.append(_Global(_modern(module, name)))
+            stack.append(_Global(modern(module, name)))
         elif op == 0x93:  # STACK_GLOBAL
             parts = [stack.pop(), stack.pop()][::-1]
             stack.append(_Global(".".join(map(str, parts))) if all(isinstance(p, str) for p in parts) else None)
@@ -270,7 +175,7 @@ class _Machine:
 
     def _generic(self, op: int) -> None:
         """Do to the stack what ``pickletools`` says, with values that mean nothing."""
-        info = _OPCODES[op]
+        info = OPCODES[op]
         if op == 0x30 and not self.stack:  # POP of a mark
             self._pop_mark()
             return

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .archive import Record
-from .picklescan import plain_ops
+from .opcodes import plain_ops
 
 __all__ = ["Hollow", "NotPlain", "fill", "hollow", "hollows", "tensors_of"]
 

@@ -25,7 +25,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from .checksum import crc32
 from .errors import BackendError, NotSerializable
-from .picklescan import global_names
+from .opcodes import global_names
 from .unpicklable import check_storage, refusal
 from .zipsums import ZipSums
 
