@@ -105,6 +105,21 @@ class LocalBackend(FolderBackend):
             why = "several hosts may write there, and it can fail in ways that a local disk does not"
             warnings.warn(f"{self.root} is on {kind}: {why}; name it shared://{self.root}", StoreWarning, stacklevel=8)
 
+    def _new_file(self, key: str) -> NewFile:
+        """Make it in the folder that another has open, if one does: a checkpoint has several files."""
+        above, _, name = key.rpartition("/")
+        parent = self._path(above)
+        for other, (path, *_) in list(self._unflushed.items()):
+            if path == parent and other.folders.share():
+                try:
+                    return NewFile(other.folders, name, self._path(key))
+                except FileNotFoundError:
+                    other.folders.close()  # removed meanwhile: make it again
+                except BaseException:
+                    other.folders.close()
+                    raise
+        return super()._new_file(key)
+
     def _flush_name(self, new: NewFile) -> None:
         """Make the name of a published file durable, unless another flush of its folder has done so meanwhile."""
         folder = self._unflushed.get(new)

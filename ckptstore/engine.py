@@ -195,8 +195,7 @@ class Engine:
         """Return `state` with what was learnt here since the last commit: verdicts, and deletions that are done."""
         with self._lock:
             gone = set(self.deleted)
-        return replace(
-            state,
+        return state.but(
             checkpoints=state.checkpoints.put(*self._judged(state)),
             retired=tuple(i for i in state.retired if i not in gone),
         )

@@ -7,7 +7,6 @@ by name, do not.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections import Counter
@@ -17,7 +16,7 @@ from functools import cached_property
 from typing import overload
 
 from .checksum import sha256
-from .envelope import JSON, body_of, from_number, parse, seal, to_number, to_time
+from .envelope import JSON, body_of, dumps, from_number, parse, seal, to_number, to_time
 from .errors import Damaged, DamagedRecord, InvalidName
 from .naming import check_name, check_step, is_id
 
@@ -73,7 +72,7 @@ class Entry:
             "metrics": {k: from_number(v) for k, v in self.metrics.items()},
             "verified": self.verified,
         }
-        return json.dumps(item, separators=(",", ":"), sort_keys=True, allow_nan=False)
+        return dumps(item)
 
 
 def decode_entry(item: JSON) -> Entry:

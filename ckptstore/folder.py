@@ -61,6 +61,7 @@ class FolderBackend:
     def __init__(self, root: str) -> None:
         self.root = root
         self.url = root
+        self._prefix = os.path.join(root, "")
         # Folders whose entry in the folder above is known to be on disk: (path, device, inode). A folder that was merely *found* is not
         # known to be: whoever made it may have been killed before the flush, or is about to flush it in another thread.
         self._settled: set[tuple[str, int, int]] = set()
@@ -189,7 +190,7 @@ class FolderBackend:
         """See `Backend.close`. There is nothing to release."""
 
     def _path(self, key: str) -> str:
-        return os.path.join(self.root, key) if key else self.root
+        return self._prefix + key if key else self.root
 
     def _folders(self, segments: Sequence[str], *, create: bool = False) -> Folders:
         """Open the root and the folders `segments` below it. FileNotFoundError means that one is proven to be missing."""

@@ -138,7 +138,7 @@ class Log:
                 draft = change(head)
                 if draft is None:
                     return head.record
-                record = replace(draft, n=head.slot + 1, op=op, prev=head.digest)
+                record = draft.but(n=head.slot + 1, op=op, prev=head.digest)
                 if self._key and record.store is None:
                     record = replace(record, store=new_op())
                 record, data = self._encode(record)

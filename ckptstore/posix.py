@@ -8,8 +8,8 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import threading
+from contextlib import suppress
 from types import TracebackType
 
 from .errors import (
@@ -102,8 +102,7 @@ def typed_error(exc: OSError, doing: str, path: str | None = None, *, absent: bo
     return kind(exc.errno or errno.EIO, f"could not {doing}: {exc.strerror or exc}; {hint}", path)
 
 
-@contextmanager
-def mapped_errors(doing: str, path: str | None = None, *, absent: bool = False) -> Iterator[None]:
+class mapped_errors:
     """Turn any OSError of the block into ours, with errno kept, `path` (else the error's own) as its filename, and the original as cause.
 
     With `absent`, ENOENT means that the file itself is proven not to be there.
@@ -115,12 +114,16 @@ def mapped_errors(doing: str, path: str | None = None, *, absent: bool = False) 
         NotFound: ENOENT, if `absent`.
         BackendError: everything else.
     """
-    try:
-        yield
-    except CkptStoreError:
-        raise
-    except OSError as exc:
-        raise typed_error(exc, doing, path, absent=absent) from exc
+
+    def __init__(self, doing: str, path: str | None = None, *, absent: bool = False) -> None:
+        self._doing, self._path, self._absent = doing, path, absent
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(exc, OSError) and not isinstance(exc, CkptStoreError):
+            raise typed_error(exc, self._doing, self._path, absent=self._absent) from exc
 
 
 def wrong_kind(path: str, mode: int) -> Unreadable:
@@ -243,6 +246,10 @@ def _rename_new(temp: str, name: str, dir_fd: int, path: str) -> None:
     raise OSError(code, os.strerror(code), name)
 
 
+def _join(folder: str, name: str) -> str:
+    return f"{folder}{name}" if folder.endswith("/") else f"{folder}/{name}"  # os.path.join looks at more
+
+
 class Folders:
     """Open folders from a root down to the one that holds a key, each opened relative to the one above and never through a link."""
 
@@ -250,6 +257,8 @@ class Folders:
         self.paths = [root]
         self.fds = [root_fd]
         self._identities: dict[int, tuple[str, int, int]] = {}  # by descriptor
+        self._users = 1
+        self._lock = threading.Lock()
 
     @property
     def fd(self) -> int:
@@ -259,9 +268,9 @@ class Folders:
     def descend(self, name: str) -> None:
         """Go into folder `name` of the innermost one, and let go of the ones above. Raises FileNotFoundError if it is not there."""
         fd = self._open(name)
-        self.close()
+        self._close()
         self.fds.append(fd)
-        self.paths[:] = [os.path.join(self.paths[-1], name)]
+        self.paths[:] = [_join(self.paths[-1], name)]
 
     def make(self, name: str) -> bool:
         """Go into folder `name` of the innermost one, making it if need be; return True if it was made. Those above stay open."""
@@ -274,7 +283,7 @@ class Folders:
                 made = True
             fd = self._open(name)
         self.fds.append(fd)
-        self.paths.append(os.path.join(self.paths[-1], name))
+        self.paths.append(_join(self.paths[-1], name))
         return made
 
     def identity(self, i: int) -> tuple[str, int, int]:
@@ -291,10 +300,24 @@ class Folders:
         except OSError as exc:
             if exc.errno in (errno.ELOOP, errno.ENOTDIR):
                 mode = os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode
-                raise wrong_kind(os.path.join(self.paths[-1], name), mode) from exc
+                raise wrong_kind(_join(self.paths[-1], name), mode) from exc
             raise
 
+    def share(self) -> bool:
+        """Say whether they are still open; if so, they stay so until `close` has been called once more."""
+        with self._lock:
+            self._users += 1 if self._users else 0
+            return bool(self._users)
+
     def close(self) -> None:
+        """Let go of them, once for each that has them."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+        self._close()
+
+    def _close(self) -> None:
         self._identities.clear()
         while self.fds:
             with suppress(OSError):  # nothing was written through it
@@ -316,6 +339,7 @@ class NewFile:
         self.path = path
         self.temp, self.fd = create_temp(name, folders.fd, mode)
         self._id = os.fstat(self.fd)
+        self._closed = False
 
     def publish(self) -> None:
         """Give it its final name, which must be free. Raises as `link_new`."""
@@ -329,7 +353,7 @@ class NewFile:
 
     def withdraw(self) -> bool:
         """Take the final name away again if it is ours; return False if that cannot be done."""
-        if not self.folders.fds:  # closed: an interrupted block may end when it is dropped
+        if self._closed:  # an interrupted block may end when it is dropped
             return True
         try:
             if self.is_same(os.stat(self.name, dir_fd=self.folders.fd, follow_symlinks=False)):
@@ -358,8 +382,9 @@ class NewFile:
 
     def close(self) -> None:
         """Remove the temporary name and release every descriptor. Idempotent; never raises for what the disk does."""
-        if not self.folders.fds:
+        if self._closed:
             return
+        self._closed = True
         with suppress(OSError):
             self.close_file()
         self._drop_temp()

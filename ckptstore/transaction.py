@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -276,7 +276,7 @@ class Transaction:
 
         def publish(state: Record) -> Record:
             state = self._engine.write_down(state)
-            state = replace(state, checkpoints=state.checkpoints.put(entry), names={**state.names, **names})
+            state = state.but(checkpoints=state.checkpoints.put(entry), names={**state.names, **names})
             gone = expired(state, self._retention)
             if self._writer.cooperates:  # beside the job that owns the store: its rules are not for that job's checkpoints
                 gone = {i for i in gone if (e := state.entry(i)) and e.name == entry.name}

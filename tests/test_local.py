@@ -32,6 +32,7 @@ from ckptstore.errors import (
     StoreWarning,
     Unreadable,
 )
+from ckptstore.protocol import PartWriter
 
 
 @pytest.fixture
@@ -321,6 +322,45 @@ def test_no_descriptor_is_left_open(tmp_path: Path, backend: LocalBackend) -> No
     _write(backend, "data/x", b"x")
     next(iter(backend.list("")))
     assert os.listdir("/proc/self/fd" if os.path.exists("/proc/self/fd") else "/dev/fd") == before
+
+
+def _begin(backend: LocalBackend, key: str) -> PartWriter:
+    writer = backend.open_writer(key)
+    writer.write(0, memoryview(b"some"), 0)
+    writer.start_finish()
+    return writer
+
+
+@pytest.mark.parametrize("first_ends", ["finish", "abort"])
+def test_a_second_file_uses_the_folder_that_the_first_has_open(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, first_ends: str
+) -> None:
+    before = set(os.listdir("/dev/fd"))
+    opened: list[object] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *args, **more: (opened.append(args[0]), real(*args, **more))[1])
+    first = _begin(backend, "data/a/1")
+    opened.clear()
+    second = _begin(backend, "data/a/2")
+    assert len(opened) == 1, opened  # itself, and no folder
+    getattr(first, first_ends)()
+    second.finish()  # whatever became of the first
+    third = backend.open_writer("data/a/3")  # nobody has it open any more
+    assert len(opened) > 3
+    third.abort()
+    monkeypatch.undo()
+    assert _files(Path(backend.root)) == ["data/a/1"] * (first_ends == "finish") + ["data/a/2"]
+    assert set(os.listdir("/dev/fd")) == before
+
+
+def test_a_second_file_makes_a_folder_anew_that_was_removed(backend: LocalBackend) -> None:
+    first = _begin(backend, "data/a/1")
+    backend.delete(["data/a/1"])
+    assert not (Path(backend.root) / "data/a").exists()
+    second = _begin(backend, "data/a/2")
+    second.finish()
+    first.abort()
+    assert backend.get("data/a/2", 9) == b"some"
 
 
 def test_deleting_the_last_file_of_a_folder_does_not_disturb_who_writes_there(backend: LocalBackend) -> None:
