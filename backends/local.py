@@ -17,6 +17,9 @@ from ckptstore.protocol import Capabilities, PartWriter
 
 __all__ = ["LocalBackend"]
 
+_SMALL = 1 << 20
+"""Bytes."""
+
 
 class LocalBackend(FolderBackend):
     """One folder of a local file system."""
@@ -146,8 +149,12 @@ class _LocalWriter(FolderWriter[LocalBackend]):
             self._state = "failed"  # until proven otherwise
         with self._finishing():
             self._new.publish()
+            others = bool(self._backend._unflushed)
             self._backend._unflushed[self._new] = self._new.folders.identity(-1)
-            start_writeback(self._new.fd)
+            # A first small file is flushed before anything else is to be written but a few more. Started now, it would be in the way of
+            # those: on ext4 a 4 KiB save then takes a tenth longer.
+            if others or os.fstat(self._new.fd).st_size > _SMALL:
+                start_writeback(self._new.fd)
         self._state = "started"
 
     def finish(self) -> None:
