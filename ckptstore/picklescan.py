@@ -27,7 +27,11 @@ _STORAGE_ITEM = {"Double": 8, "Float": 4, "Half": 2, "Long": 8, "Int": 4, "Short
 _STORAGE_ITEM |= {"ComplexFloat": 8, "QInt32": 4}
 _DTYPE_ITEM = {"torch.double": 8, "torch.float": 4, "torch.half": 2, "torch.long": 8, "torch.int": 4, "torch.short": 2}
 _COPIES = {"builtins.set", "collections.OrderedDict", "collections.Counter"}
+_ASKS = {*_COPIES, "torch.Size", "builtins.bytearray", "_codecs.encode"}
+"""What asks its arguments for their items, or their value."""
 _TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor"}
+_CONSTRUCTORS = {"torch", "torch.storage", "torch.sparse", "torch.cuda", "torch.cuda.sparse"}
+"""Modules of the tensor and storage classes that the restricted unpickler knows."""
 
 
 @dataclass(slots=True)
@@ -40,6 +44,8 @@ class _Sized:
     """Something that costs about `n` items or bytes to copy."""
 
     n: int = 0
+    tensors: bool = False
+    """Whether it is a list with something in it that may be a tensor."""
 
 
 @dataclass(slots=True)
@@ -50,8 +56,15 @@ class _Storage:
 
 @dataclass(slots=True)
 class _Tensor:
-    nbytes: int
-    dtype: str
+    """A tensor. It may be far longer than its storage, at no cost: until something asks for its items, each of which is an object then."""
+
+    nbytes: int | None = None
+    """None if that is not followed here."""
+    dtype: str = ""
+
+
+class _Made:
+    """What a function returns that is not known here: it may be a tensor, too."""
 
 
 def _storage_item(name: str) -> int:
@@ -165,11 +178,12 @@ class _Machine:
         elif op in _EMPTIES:
             stack.append(_Sized())
         elif op in _ADDS:
-            if op in b"as":  # APPEND, SETITEM
-                del stack[-1 if op == 0x61 else -2 :]
-            n = 1 if op in b"as" else len(self._pop_mark())
+            added = [stack.pop()] if op in b"as" else self._pop_mark()  # APPEND, SETITEM
+            if op == 0x73:  # SETITEM
+                stack.pop()
             if isinstance(target := self.stack[-1], _Sized):
-                target.n += n
+                target.n += len(added)
+                target.tensors = target.tensors or (op in b"ae" and any(isinstance(i, (_Tensor, _Made)) for i in added))
         else:
             self._generic(op)
 
@@ -227,9 +241,14 @@ class _Machine:
 
     def _call(self, func: object, args: object) -> object:
         """Account for ``func(*args)``; returns what is known of the result."""
-        if not isinstance(func, _Global) or not isinstance(args, tuple):
-            return None
+        if not isinstance(args, tuple):  # torch would ask for its items
+            raise UnsafeContent("its pickle calls something, and not with a tuple of arguments")
+        if not isinstance(func, _Global):
+            return _Made()
         module, _, name = func.name.rpartition(".")
+        builds = module in _CONSTRUCTORS and name.endswith(("Tensor", "Storage"))
+        if builds or func.name in _ASKS:
+            _refuse_items(func.name, *args, whole=func.name != "builtins.set")  # which asks for no items of its own ones
         if func.name == "torch.Size" and args and isinstance(args[0], tuple):
             self._take_items(args[0])
             return args[0]
@@ -251,7 +270,11 @@ class _Machine:
             # Constructors that torch.save never writes, but torch lets a file call with a size.
             sizes = [a for arg in args for a in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(a, int)]
             self._take_bytes((_product(sizes) if sizes else 0) * 16 + sum(map(_length, args)) * 16, func.name)
-        return None
+            if builds:
+                return _Tensor() if name.endswith("Tensor") else _Storage(0, 1)
+        if func.name == "torch.nn.parameter.Parameter":
+            return args[0] if args and isinstance(args[0], _Tensor) else _Tensor()
+        return _Made()
 
     def _rebuild(self, name: str, args: tuple[object, ...]) -> object:
         if name in _TENSORS:
@@ -259,13 +282,17 @@ class _Machine:
             return self._tensor(args[:4], dtype.name if isinstance(dtype, _Global) else "", name == "_rebuild_qtensor")
         if name == "_rebuild_parameter_with_state":
             self._take_items(*args[3:])
-        if name.startswith("_rebuild_parameter") and args:
+        if name.startswith("_rebuild_parameter") and args and isinstance(args[0], _Tensor):
             return args[0]
-        if name == "_rebuild_device_tensor_from_cpu_tensor" and len(args) > 1 and isinstance(data := args[0], _Tensor):
+        if name == "_rebuild_sparse_tensor" and len(args) > 1 and isinstance(args[1], (_Tensor, _Made)):
+            raise UnsafeContent("a sparse tensor is not made of a tuple")
+        if name == "_rebuild_device_tensor_from_cpu_tensor" and len(args) > 1 and isinstance(data := args[0], (_Tensor, _Made)):
             dtype = args[1].name if isinstance(args[1], _Global) else ""
+            if isinstance(data, _Made) or data.nbytes is None:
+                raise UnsafeContent("a tensor of unknown size is converted to another dtype")
             if dtype != data.dtype:
                 self._take_bytes(data.nbytes * 16, "a tensor converted to another dtype")
-        return None
+        return _Tensor()
 
     def _tensor(self, args: tuple[object, ...], dtype: str, whole: bool) -> object:
         """Check a view (storage, offset, sizes, strides) against its storage; `whole`: torch first allocates all of it."""
@@ -285,10 +312,21 @@ class _Machine:
         return _Tensor(numel * item, dtype)
 
     def _build(self, state: object) -> None:
+        if isinstance(self.stack[-1], (_Tensor, _Storage, _Sized)):  # the others are classes that somebody trusts
+            _refuse_items("what is built", state)
         if isinstance(state, tuple) and state and isinstance(state[0], _Storage):
             self._tensor(state[:4], "", False)
         elif isinstance(state, _Sized):
             self._take_items(state)
+
+
+def _refuse_items(who: str, *values: object, whole: bool = True) -> None:
+    """Refuse values whose items `who` would get, if a tensor is among them; if `whole`, those of their items, too."""
+    for value in values:
+        among = whole and isinstance(value, _Sized) and value.tensors
+        items = value if whole and isinstance(value, tuple) else ()
+        if among or any(isinstance(v, (_Tensor, _Made)) for v in (value, *items)):
+            raise UnsafeContent(f"{who} would be given a tensor to take apart")
 
 
 def _length(value: object) -> int:

@@ -119,6 +119,54 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         name("torch", "Tensor") + b")\x81" + tup(storage(2), number(0), tup(number(HUGE)), tup(number(1))) + b"b",
         "reaches beyond its storage",
     ),
+    **{
+        f"{what} of 10^12 items of a tensor": (call(name(*what.rsplit(".", 1)), tensor([HUGE], [0])), "to take apart")
+        for what in ("builtins.set", "builtins.bytearray", "collections.OrderedDict", "collections.Counter", "torch.Size")
+    },
+    "dict of pairs, one a tensor": (call(name("collections", "OrderedDict"), b"]" + tensor([HUGE], [0]) + b"a"), "to take apart"),
+    "dict of a tuple of pairs": (call(name("collections", "OrderedDict"), tup(tensor([HUGE], [0]))), "to take apart"),
+    "tensor for a tuple of arguments": (name("torch", "device") + tensor([HUGE], [0]) + b"R", "not with a tuple"),
+    "tensor for a sparse tensor's tuple": (call(name(TORCH, "_rebuild_sparse_tensor"), b"N", tensor([HUGE], [0])), "not made of a tuple"),
+    "set_ to the items of a tensor": (name("torch", "Tensor") + b")\x81" + tensor([HUGE], [0]) + b"b", "to take apart"),
+    "set_ to a tensor, enlarged": (
+        tensor([2], [1]) + tup(tensor([2], [1]), number(0), tup(number(HUGE)), tup(number(1))) + b"b",
+        "to take apart",
+    ),
+    "set_ to a new storage, enlarged": (
+        tensor([2], [1])
+        + tup(call(name("torch.storage", "UntypedStorage"), b"K\x08"), number(0), tup(number(HUGE)), tup(number(1)))
+        + b"b",
+        "reaches beyond its storage",
+    ),
+    "attributes from the items of a tensor": (call(name("collections", "OrderedDict")) + tensor([HUGE], [0]) + b"b", "to take apart"),
+    "attributes of a storage": (storage(2) + tup(tensor([HUGE], [0])) + b"b", "to take apart"),
+    "parameter set to the items of a tensor": (
+        name("torch.nn.parameter", "Parameter") + tup(tensor([2], [1])) + b"\x81" + tensor([HUGE], [0]) + b"b",
+        "to take apart",
+    ),
+    "items of a tensor without storage": (
+        call(
+            name("builtins", "set"),
+            call(
+                name(TORCH, "_rebuild_meta_tensor_no_storage"),
+                *(name("torch", "float32"), tup(number(HUGE)), tup(number(1)), b"\x89"),
+            ),
+        ),
+        "to take apart",
+    ),
+    "size from a tensor": (call(name("torch.storage", "UntypedStorage"), tensor([1], [1])), "to take apart"),
+    "sizes from a tensor": (
+        call(name("torch", "FloatTensor"), call(name("torch", "Size"), tup(tensor([1], [1])))),
+        "to take apart",
+    ),
+    "sparse tensor converted": (
+        call(
+            name(TORCH, "_rebuild_device_tensor_from_cpu_tensor"),
+            call(name(TORCH, "_rebuild_sparse_tensor"), b"N", tup(b"N", tensor([HUGE], [0]), b")")),
+            *(name("torch", "float64"), text("cpu"), b"\x89"),
+        ),
+        "unknown size",
+    ),
     "bytearray(10^12)": (call(name("builtins", "bytearray"), number(HUGE)), "out of proportion"),
     "bytearray by its old name": (call(name("__builtin__", "bytearray"), number(HUGE)), "out of proportion"),
     "Tensor(10^12)": (call(name("torch", "Tensor"), number(HUGE)), "out of proportion"),
