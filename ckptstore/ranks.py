@@ -6,13 +6,15 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import wraps
+from typing import Any, Generic, TypeVar, cast
 
 from .errors import CkptStoreError, RankFailed, UsageError
 
-__all__ = ["Ranks", "portable", "ranks_of", "whole_state"]
+__all__ = ["Ranks", "portable", "ranks_of", "told", "whole_state"]
 
 _R = TypeVar("_R")
+_M = TypeVar("_M", bound=Callable[..., Any])
 
 
 def portable(error: BaseException) -> BaseException:
@@ -24,6 +26,22 @@ def portable(error: BaseException) -> BaseException:
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
     return CkptStoreError(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+
+
+def told(method: _M) -> _M:
+    """Let only what is `portable` out of `method`: DCP tells the other ranks, and would leave them waiting if it could not."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except BaseException as exc:
+            error = portable(exc)
+            if error is exc:
+                raise
+            raise error from exc
+
+    return cast(_M, call)
 
 
 @dataclass(frozen=True)

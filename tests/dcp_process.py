@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.futures import Future
 
 from ckptstore import Store, atomic_torch_save
 from ckptstore.backends.local import LocalBackend
@@ -418,6 +419,154 @@ def save_for_ever(channel: Channel, rank: int, url: str) -> Any:
             value += 1
             dcp.save(sharded(float(value), rows=16), storage_writer=store.dcp_writer(step=value))
             channel.send("saved", value)
+
+
+# -- what torch's own tests ask
+
+
+def _failed_everywhere(call: Any, bad_rank: int) -> str:
+    """Return what is wrong with how `call`, in which something fails on one rank, ended on this one; "" if all is well."""
+    try:
+        call()
+    except dcp.CheckpointException as exc:
+        causes = {at: type(cause).__name__ for at, (cause, _) in exc.failures.items()}
+        return "" if causes == {bad_rank: "ValueError"} else str(causes)
+    return "no error"
+
+
+def fail_at_each_step(channel: Channel, rank: int, url: str) -> Any:
+    """Save and load with storages of which one method fails on one rank, each method and each rank in turn."""
+    wrong: dict[str, Any] = {"save": [], "load": []}
+
+    def fails(step: str, bad_rank: int, store: Store, spoil: Any, late: bool) -> str:
+        writer, reader = store.dcp_writer(step=2), store.dcp_reader()
+        storage = writer if spoil == "save" else reader
+
+        def fail(*_: Any, **__: Any) -> Any:
+            if not late:
+                raise ValueError(step)
+            future: Future[Any] = Future()
+            future.set_exception(ValueError(step))
+            return future
+
+        if rank == bad_rank:
+            setattr(storage, step, fail)
+        if spoil == "save":
+            return _failed_everywhere(lambda: dcp.save(sharded(2.0, rows=4), storage_writer=writer), bad_rank)
+        return _failed_everywhere(lambda: dcp.load(sharded(0.0, rows=4), storage_reader=reader), bad_rank)
+
+    steps = {
+        "save": ["set_up_storage_writer", "prepare_local_plan", "prepare_global_plan", "write_data", "finish"],
+        "load": ["set_up_storage_reader", "prepare_local_plan", "prepare_global_plan", "read_data"],
+    }
+    with Store(url) as store:
+        dcp.save(sharded(1.0, rows=4), storage_writer=store.dcp_writer(step=1))
+        for spoil, names in steps.items():
+            for step in names:
+                for bad_rank in (0, 1) if step not in ("prepare_global_plan", "finish") else (0,):
+                    for late in (False, True) if step in ("write_data", "read_data") else (False,):
+                        problem = fails(step, bad_rank, store, spoil, late)
+                        if problem:
+                            wrong[spoil].append([step, bad_rank, late, problem])
+        value = sharded(0.0, rows=4)
+        dcp.load(value, storage_reader=store.dcp_reader())
+        dist.barrier()
+        return {
+            **wrong,
+            "steps": [c.step for c in store.checkpoints()],
+            "value": sorted({x for t in value.values() for x in full(t).unique().tolist()}),
+        }
+
+
+def coordinate(channel: Channel, rank: int, url: str, coordinator: int) -> Any:
+    """Save and load by the older calls, which let another rank than 0 coordinate."""
+    warnings.simplefilter("ignore", FutureWarning)
+    with Store(url) as store:
+        dcp.save_state_dict(sharded(4.0, rows=4), store.dcp_writer(step=1), coordinator_rank=coordinator)
+        state = sharded(0.0, rows=4)
+        dcp.load_state_dict(state, store.dcp_reader(), coordinator_rank=coordinator)
+    return sorted({x for value in state.values() for x in full(value).unique().tolist()})
+
+
+def order_differently(channel: Channel, rank: int, url: str) -> Any:
+    """Save and load objects whose loading is collective, in dictionaries that are ordered differently."""
+    order: list[str] = []
+
+    class Collective:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            found: list[Any] = [None, None]
+            dist.all_gather_object(found, self.name)
+            assert found == [self.name] * 2
+            order.append(self.name)
+
+    state = {name: Collective(name) for name in ("AB" if rank == 0 else "BA")}
+    with Store(url) as store:
+        dcp.save(state, storage_writer=store.dcp_writer())
+        dcp.load(state, storage_reader=store.dcp_reader())
+    return order
+
+
+def reshard_old_kind(channel: Channel, rank: int, url: str) -> Any:
+    """Save a `ShardedTensor` cut in one way and load it cut in another, for all pairs of ways; return the pairs that differ."""
+    warnings.simplefilter("ignore")  # of its age
+    from torch.distributed._shard import sharded_tensor
+    from torch.distributed._shard.sharding_spec import ChunkShardingSpec, EnumerableShardingSpec, ShardMetadata
+
+    def cut(*rows: int) -> Any:
+        starts = [sum(rows[:i]) for i in range(len(rows))]
+        shards = [
+            ShardMetadata(shard_offsets=[start, 0], shard_sizes=[count, 6], placement=f"rank:{i % 2}/cpu")
+            for i, (start, count) in enumerate(zip(starts, rows, strict=True))
+        ]
+        return EnumerableShardingSpec(shards=shards)
+
+    ways: dict[str, Any] = {
+        "rows": ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu"]),
+        "columns": ChunkShardingSpec(dim=1, placements=["rank:0/cpu", "rank:1/cpu"]),
+        "four": ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu", "rank:1/cpu", "rank:0/cpu"]),
+        "uneven": cut(2, 1, 3, 3, 1),
+    }
+
+    def whole(tensor: Any) -> torch.Tensor | None:
+        found = torch.zeros(10, 6) if rank == 0 else None
+        tensor.gather(out=found)
+        return found
+
+    wrong = []
+    with Store(url) as store:
+        for before in ways:
+            torch.manual_seed(rank)
+            saved = sharded_tensor.rand(ways[before], 10, 6)
+            dcp.save({"x": saved}, storage_writer=store.dcp_writer())
+            for after in ways:
+                loaded = sharded_tensor.zeros(ways[after], 10, 6)
+                dcp.load({"x": loaded}, storage_reader=store.dcp_reader())
+                mine, theirs = whole(saved), whole(loaded)
+                if rank == 0 and not (mine is not None and theirs is not None and mine.equal(theirs) and mine.any()):
+                    wrong.append([before, after])
+    return wrong
+
+
+def reshard_grid(channel: Channel, rank: int, url: str) -> Any:
+    """Save DTensors placed on a grid in all ways, and load each as all others; return those that differ."""
+    grid, line = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+    kinds = [Replicate(), Shard(0), Shard(1)]
+    placements: list[Any] = [(grid, [a, b]) for a in kinds for b in kinds] + [(line, [a]) for a in kinds]
+    with Store(url) as store:
+        saved = {str(i): distribute_tensor(VALUES * (i + 1), mesh, how) for i, (mesh, how) in enumerate(placements)}
+        dcp.save(saved, storage_writer=store.dcp_writer())
+        wrong = []
+        for mesh, how in placements:
+            loaded = {name: distribute_tensor(torch.zeros_like(VALUES), mesh, how) for name in saved}
+            dcp.load(loaded, storage_reader=store.dcp_reader())
+            wrong += [[name, str(how)] for name, value in loaded.items() if not full(value).equal(VALUES * (int(name) + 1))]
+    return wrong
 
 
 TORCHRUN = """

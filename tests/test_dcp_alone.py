@@ -110,6 +110,9 @@ class TestIds:
         for text, may_write, may_read in (("latest", True, True), ("e1-0123456789ab", False, True), ("a/b", False, False)):
             assert writer.validate_checkpoint_id(text) is may_write
             assert reader.validate_checkpoint_id(text) is may_read
+        for neither in (None, 5, b"latest"):
+            assert not writer.validate_checkpoint_id(neither)  # type: ignore[arg-type]
+            assert not reader.validate_checkpoint_id(neither)  # type: ignore[arg-type]
         with pytest.raises(errors.InvalidName):
             dcp.save({}, storage_writer=writer, checkpoint_id="../x")
         with pytest.raises(errors.InvalidName):
@@ -352,8 +355,10 @@ class TestOtherKinds:
         assert load(store, {"x": torch.zeros(2), "n": 0}, "imported")["n"] == 5
 
     def test_a_torch_that_is_laid_out_otherwise(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("ckptstore.integrations.dcp", "ckptstore.integrations._dcp_metadata"):
-            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in [
+            name for name in sys.modules if name.startswith(("ckptstore.integrations.dcp", "ckptstore.integrations._dcp_"))
+        ]:
+            monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(importlib.import_module("torch.distributed.checkpoint.filesystem"), "_StorageInfo")
         for call in (store.dcp_writer, store.dcp_reader, lambda: store.dcp_resume({})):
             with pytest.raises(errors.WrongVersion, match=f"torch {torch.__version__}".replace("+", r"\+")):

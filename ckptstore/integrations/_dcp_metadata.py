@@ -16,12 +16,14 @@ try:
     from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # so that plain torch reads our files
 except ImportError as exc:
     raise WrongVersion(
-        f"torch {torch.__version__} lays out distributed checkpoints in another way than ckptstore knows (that of 2.10 to 2.13); "
+        f"torch {torch.__version__} lays out distributed checkpoints in another way than ckptstore knows (that of 2.10 to 2.15); "
         f"use one of these, or a newer ckptstore: {exc}"
     ) from exc
 
-__all__ = ["METADATA_FILE", "StorageInfo", "dump", "parse"]
+__all__ = ["BY", "METADATA_FILE", "StorageInfo", "dump", "parse"]
 
+BY = "torch.distributed.checkpoint"
+"""What a checkpoint is marked with."""
 METADATA_FILE = ".metadata"
 """The file that says which tensor is where."""
 _CLASSES = {
@@ -36,6 +38,7 @@ _CLASSES = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},  # as older ones wrote it
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
     "pathlib": {"PosixPath"},
