@@ -14,15 +14,18 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from procs import Channel, Nursery
+from stores import new_memory, store_on
 
 import ckptstore
 from ckptstore import Store, UsageError, preemption
+from ckptstore.testing import Fault, FaultyBackend
 
 ROOT = Path(ckptstore.__file__).parent.parent
 PAGE = (Path(__file__).parent.parent / "docs/preemption.md").read_text(encoding="utf-8")
@@ -62,8 +65,28 @@ def test_the_time_left_is_a_timeout() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert guard.requested()
         assert guard.seconds_left == 0
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeout):
             never.result(timeout=guard.seconds_left)
+
+
+def test_a_save_in_the_background_meets_the_deadline_or_is_given_up() -> None:
+    backend = FaultyBackend(new_memory())
+    gate = threading.Event()
+    with store_on(backend) as store:
+        for grace, in_time in ((0, False), (100, True)):
+            backend.plan[:] = [] if in_time else [Fault("writer.write", 0, before=lambda: gate.wait(60))]
+            with preemption(grace=grace) as guard:
+                signal.raise_signal(signal.SIGTERM)
+                assert guard.requested()
+                pending = store.save_async({"x": 1}, step=grace)
+                if in_time:
+                    assert pending.result(timeout=guard.seconds_left).step == grace
+                else:
+                    with pytest.raises(FutureTimeout):
+                        pending.result(timeout=guard.seconds_left)
+                    assert pending.cancel()
+                    gate.set()
+        assert [c.step for c in store.checkpoints()] == [100]
 
 
 def ended_by(code: str, *signals: int) -> tuple[int, str]:
@@ -331,6 +354,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def torchrun() -> list[str]:
+    """Return the page's command, whose process is torchrun itself."""
+    return ["env", *shlex.split(block("sh").replace("\\\n", ""))]
+
+
 def same_weights(folder: Path, steps: int) -> bool:
     """Whether the interrupted runs ended with the very numbers of the one that was not."""
     whole, stopped = (Store(folder / place).load("final") for place in ("whole", "runs/42"))
@@ -364,7 +392,7 @@ def test_slurm_queues_the_job_again(folder: Path, warm: Nursery) -> None:
 @pytest.mark.soak
 def test_torchrun_passes_signals_on(folder: Path, warm: Nursery) -> None:
     ranks = [warm.start(run_script, str(folder), rank, 2) for rank in range(2)]
-    command = shlex.split(block("sh"))
+    command = torchrun()
     with Job(folder, command) as job:
         job.wait_for("saved step")
         os.kill(job.pid, signal.SIGUSR1)  # as Slurm or a spot machine does: the launcher gets it
@@ -382,9 +410,9 @@ def test_torchrun_passes_signals_on(folder: Path, warm: Nursery) -> None:
 
 @pytest.mark.soak
 def test_torchrun_starts_again(folder: Path, warm: Nursery) -> None:
-    """Its ranks may need more than one start to find each other again; from the store, each goes on where the last one was."""
+    """Once is enough: no rank finds the addresses of the dead."""
     ranks = [warm.start(run_script, str(folder), rank, 2) for rank in range(2)]
-    with Job(folder, shlex.split(block("sh"))) as job:
+    with Job(folder, torchrun()) as job:
         job.wait_for("saved step")
         trainers = job.trainers()
         assert len(trainers) == 2
@@ -392,5 +420,6 @@ def test_torchrun_starts_again(folder: Path, warm: Nursery) -> None:
         assert job.wait_for("resumed from step") >= 50
         code, said = job.end()
     assert code == 0, said
+    assert said.count("resumed from step") == 1, said
     assert [rank.rest() for rank in ranks] == [[], []]
     assert same_weights(folder, 500)
