@@ -7,29 +7,19 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from .background import Background, PendingSave
-from .engine import Engine
+from .background import PendingSave
 from .envelope import JSON
 from .errors import CkptStoreError, StoreWarning
-from .transaction import Draft, Transaction
+from .owned import Owned
+from .transaction import Draft
 
 __all__ = ["Asynchronous"]
 
 _S = TypeVar("_S", bound="Asynchronous")
 
 
-class Asynchronous:
+class Asynchronous(Owned):
     """The methods of `Store` that know of saves in the background. Whatever changes the store waits for them, with `_background.wait`."""
-
-    _engine: Engine
-    _background: Background
-
-    def _begin_now(self, draft: Draft) -> Transaction:
-        raise NotImplementedError
-
-    def _begin(self, draft: Draft) -> Transaction:
-        self._background.wait()
-        return self._begin_now(draft)
 
     def save_async(
         self,

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
-from .engine import Engine
 from .envelope import JSON
-from .epoch import Writer
 from .log import new_op
 from .naming import check_name
+from .owned import Owned
 from .ranks import Ranks, ranks_of, whole_state
 from .restore import restore_sampler
-from .transaction import Draft, Transaction
+from .transaction import Draft
 
 if TYPE_CHECKING:
     from .integrations.dcp import StoreReader, StoreWriter
@@ -22,22 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Distributed"]
 
 
-class Distributed:
+class Distributed(Owned):
     """The methods of `Store` that know of ranks."""
-
-    _engine: Engine
-    _writer: Writer
-    _acquired: bool
-
-    def acquire(self) -> None:
-        """See `Store.acquire`."""
-        raise NotImplementedError
-
-    def _acquire_for_change(self) -> None:
-        raise NotImplementedError
-
-    def _begin(self, draft: Draft) -> Transaction:
-        raise NotImplementedError
 
     def dcp_writer(
         self,

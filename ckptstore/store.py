@@ -18,7 +18,6 @@ from .envelope import JSON
 from .epoch import Writer
 from .errors import (
     CheckpointNotFound,
-    CkptStoreError,
     CommitUnknown,
     InvalidURL,
     UsageError,
@@ -100,7 +99,8 @@ class Store(Asynchronous, Distributed):
             backend = Persistent(backend, chosen.retry_seconds)
         if parsed.scheme == "file":  # a pickled store shall find the same folder from another current one
             url, options = Path(os.path.abspath(parsed.location)), {**parsed.options, **options}
-        self._arguments = (url, acquire, options)
+        self._arguments = (url, options)
+        self._acquires = acquire
         self._engine = Engine(backend, key, chosen.digest)
         self._writer = Writer(
             backend, self._engine.log, owner=owner, cooperate=not acquire, single_writer=chosen.single_writer, epoch=epoch
@@ -163,40 +163,6 @@ class Store(Asynchronous, Distributed):
     ) -> Transaction:
         """Return a context manager that writes several files as one checkpoint; see `Transaction`. Arguments as for `save`."""
         return self._begin(Draft.check(name, step, metrics, metadata, sampler))
-
-    def _begin_now(self, draft: Draft) -> Transaction:
-        self._engine.raise_late()
-        self._acquire_for_change()
-        return Transaction(self._engine, self._writer, self._retention, draft)
-
-    def acquire(self) -> None:
-        """Make this job the owner of the store: nothing an older job does takes effect any more. Idempotent.
-
-        `resume`, and otherwise the first change, does it by itself. Also collects what dead jobs left behind.
-
-        Raises:
-            Fenced: a newer job has acquired it since this one did.
-            UsageError: this is a cooperating writer.
-        """
-        self._background.wait()
-        if not self._arguments[1]:
-            raise UsageError("this Store was opened with acquire=False; open one without it to take over")
-        self._writer.acquire()
-        self._collect_once()
-
-    def _acquire_for_change(self) -> None:
-        if self._arguments[1]:
-            self._writer.begin()
-            self._collect_once()
-
-    def _collect_once(self) -> None:
-        if not self._acquired:
-            self._acquired = True
-            with suppress(CkptStoreError):  # acquired it is all the same; a later job, or gc, collects what stays
-                head = self._engine.log.head()
-                if head.slot > 1:
-                    self._engine.delete_each(find_garbage(self._engine.backend, head).keys)
-                    self._engine.deleted.update(head.record.retired)  # so that the next commit forgets them
 
     def tag(self, name: str, target: str | Checkpoint) -> Checkpoint:
         """Let `name` point to a checkpoint, which retention then never removes. `target` is a name, an id or a `Checkpoint`.
@@ -423,10 +389,17 @@ class Store(Asynchronous, Distributed):
         return f"<Store {self.url}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        url, acquire, options = self._arguments
-        owner = self._writer.owner if acquire else None
+        url, options = self._arguments
+        owner = self._writer.owner if self._acquires else None
         key = self._engine.key  # pickled as where it came from
-        return {"url": url, "acquire": acquire, "owner": owner, "options": options, "epoch": self._writer.epoch, "hmac_key": key}
+        return {
+            "url": url,
+            "acquire": self._acquires,
+            "owner": owner,
+            "options": options,
+            "epoch": self._writer.epoch,
+            "hmac_key": key,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(**state)

@@ -1289,7 +1289,7 @@ def test_a_store_that_has_not_acquired_travels_too(tmp_path: Path) -> None:
     for copy in [*copies, store]:
         write(copy)
     assert state_of(LocalBackend.open(str(tmp_path / "a?b"), {})).epoch == 1
-    assert pickle.loads(pickle.dumps(Store("memory://x", acquire=False)))._arguments[1] is False
+    assert pickle.loads(pickle.dumps(Store("memory://x", acquire=False)))._acquires is False
 
 
 def test_eight_threads_save_at_once(backend: Backend) -> None:
