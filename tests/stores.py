@@ -13,10 +13,11 @@ from unittest import mock
 from ckptstore import Store, registry
 from ckptstore.backends import memory
 from ckptstore.backends.memory import MemoryBackend
+from ckptstore.errors import BackendError
 from ckptstore.log import Log
 from ckptstore.protocol import Backend
 from ckptstore.record import Record
-from ckptstore.testing import FaultyBackend
+from ckptstore.testing import Fault, FaultyBackend
 
 _T = TypeVar("_T")
 _numbers = itertools.count()
@@ -45,6 +46,16 @@ def store_on(backend: Backend, **options: Any) -> Store:
 def new_memory() -> MemoryBackend:
     """Return a memory backend that nobody else has opened."""
     return MemoryBackend.open(f"tests-{next(_numbers)}", {})
+
+
+def unreadable() -> Store:
+    """Return a store with a checkpoint in it, as a new job opens it that can list and read nothing of it."""
+    inner = new_memory()
+    with store_on(inner) as before:
+        before.save({"x": 1}, step=1)
+    sick = FaultyBackend(inner)
+    sick.plan += [Fault(method, 0, before=BackendError("nothing can be read")) for method in ("list", "get", "stat", "read_into")]
+    return store_on(sick)
 
 
 def objects(backend: MemoryBackend) -> dict[str, bytes]:

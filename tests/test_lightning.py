@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from procs import Channel, Nursery
+from stores import unreadable
 
-from ckptstore import CheckpointNotFound, FallbackWarning, Fenced, NotSerializable, Store, UsageError, WrongKind
+from ckptstore import BackendError, CheckpointNotFound, FallbackWarning, Fenced, NotSerializable, Store, UsageError, WrongKind
 
 EPOCHS, BATCHES = 3, 8
 
@@ -255,6 +256,125 @@ def test_what_model_checkpoint_keeps_is_kept(tmp_path: Path, warm: Nursery) -> N
     assert told(warm, keep, str(tmp_path)) == ["kept"]
 
 
+def count_up(channel: Channel, folder: str, asynchronous: bool) -> None:
+    """Save several times in an epoch under a name that has only the epoch: the best are kept all the same, as they are on a disk."""
+    quietly()
+    import torch
+
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+
+    def best(io: Any) -> tuple[dict[str, float], Any]:
+        torch.manual_seed(1)
+        random.seed(1)
+        saves = saver(
+            f"{folder}/{io is None}", filename="{epoch}", every_n_train_steps=2, monitor="loss", save_top_k=3, save_last=True
+        )
+        if io is None:
+            import lightning.pytorch as pl
+
+            io = pl.plugins.io.TorchCheckpointIO()
+        trainer = make_trainer("", folder, saves, io=io, max_epochs=2)
+        trainer.fit(make_model(), make_loader())
+        return {Path(path).stem: float(score) for path, score in saves.best_k_models.items()}, trainer
+
+    io = StoreCheckpointIO(f"{folder}/store", asynchronous=asynchronous)
+    (found, trainer), (expected, _) = best(io), best(None)
+    assert found == expected
+    assert len(found) == 3
+    assert set(io.store.names()) == {f"checkpoints.{name.replace('=', '')}" for name in [*found, "last"]} | {"latest"}
+    scores = {}
+    for name in found:  # each is the one that it says it is
+        (state,) = (
+            v for k, v in io.load_checkpoint(f"checkpoints/{name}.ckpt")["callbacks"].items() if k.startswith("ModelCheckpoint")
+        )
+        scores[name] = float(state["current_score"])
+    assert scores == found
+    trainer.validate(make_model(), make_loader(), ckpt_path="best", verbose=False)
+    channel.send("counted")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_names_that_come_again(tmp_path: Path, warm: Nursery, asynchronous: bool) -> None:
+    assert told(warm, count_up, str(tmp_path), asynchronous) == ["counted"]
+
+
+def start_over(channel: Channel, folder: str) -> None:
+    """Start at the beginning where there is something to resume from: because Lightning does not look there, or was not told to."""
+    quietly()
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+    from ckptstore import StoreWarning
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+
+    def fit(path: str | None, io: Any = None, **options: Any) -> Any:
+        url = f"{folder}/store"
+        trainer = make_trainer(url, folder, saver(folder, every_n_train_steps=4, **options), io=io, max_epochs=1)
+        trainer.fit(make_model(), make_loader(), ckpt_path=path)
+        return trainer
+
+    fit("last")  # nothing there
+    for io in (None, AsyncCheckpointIO(StoreCheckpointIO(f"{folder}/store"))):
+        for path in (None, "last"):
+            with pytest.raises(StoreWarning, match='starts at step 0; ckpt_path="latest" goes on'):
+                fit(path, io)
+    trainer = fit("latest")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(make_model(), make_loader())  # goes on with what it has
+    assert trainer.global_step == 16
+    with pytest.raises(UsageError, match=r'save_last="link".*use save_last=True'):
+        fit("latest", save_last="link")
+    channel.send("warned")
+
+
+def test_a_run_that_starts_over_is_warned_of(tmp_path: Path, warm: Nursery) -> None:
+    assert told(warm, start_over, str(tmp_path)) == ["warned"]
+
+
+class Odd:
+    """No plain value."""
+
+
+def trust(channel: Channel, folder: str) -> None:
+    """Load what is no plain value, as its writer is trusted, or not."""
+    quietly()
+    import lightning.pytorch as pl
+
+    from ckptstore import UnsafeContent, WeightsOnlyWarning
+
+    class Holder(pl.Callback):
+        got: Any = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"odd": Odd()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.got = state["odd"]
+
+    def fit(**more: Any) -> Any:
+        holder = Holder()
+        trainer = make_trainer(f"{folder}/store", folder, holder, saver(folder), max_epochs=1)
+        trainer.fit(make_model(), make_loader(), ckpt_path="latest", **more)
+        return holder.got
+
+    with pytest.warns(WeightsOnlyWarning, match="Odd"):
+        assert fit() is None
+    with pytest.raises(UnsafeContent, match=r"Odd.*weights_only=False"):
+        fit()
+    assert isinstance(fit(weights_only=False), Odd)
+
+    # Without a Trainer: the file is one of Lightning's.
+    store = Store(f"{folder}/store", acquire=False)
+    plain = make_model()
+    file = f"{folder}/store/data/{store.checkpoint().id}/state.pt"
+    loaded = type(plain).load_from_checkpoint(file, weights_only=False)
+    assert digest_of(loaded) != digest_of(plain)
+    channel.send("trusted")
+
+
+def test_what_is_no_plain_value(tmp_path: Path, warm: Nursery) -> None:
+    assert told(warm, trust, str(tmp_path)) == ["trusted"]
+
+
 def fall_back(channel: Channel, folder: str) -> None:
     quietly()
     warnings.simplefilter("always", FallbackWarning)
@@ -303,6 +423,22 @@ def refuse(channel: Channel, folder: str) -> None:
     with pytest.raises(WrongKind, match=r"written by Store\.save"):
         trainer.fit(make_model(), make_loader(), ckpt_path="latest")
 
+    for by in ("accelerate", "torch.distributed.checkpoint", "transformers"):
+        with io.store.transaction() as tx:
+            tx.by = by
+            with tx.open("model.safetensors") as file:
+                file.write(b"weights")
+        with pytest.raises(WrongKind, match=f"written by {by}, not by Lightning"):
+            trainer.fit(make_model(), make_loader(), ckpt_path="latest")
+
+    # What cannot be listed is not taken for an empty store.
+    sick = StoreCheckpointIO(unreadable())
+    for meet in (lambda: sick.load_checkpoint("latest"), lambda: sick.load_checkpoint("a.ckpt")):
+        with pytest.raises(BackendError, match="nothing can be read"):
+            meet()
+    with pytest.raises(BackendError, match="nothing can be read"):
+        make_trainer("", folder, io=sick).fit(make_model(), make_loader(), ckpt_path="latest")
+
     # A job that was taken over is told so, and its Trainer stops.
     old = make_trainer(f"{folder}/other", folder, saver(folder, every_n_train_steps=1))
 
@@ -337,7 +473,6 @@ def late(channel: Channel) -> None:
     import torch
     from stores import new_memory, store_on
 
-    from ckptstore import BackendError
     from ckptstore.integrations.lightning import StoreCheckpointIO
     from ckptstore.testing import Fault, FaultyBackend
 
@@ -463,6 +598,112 @@ def test_fabric(tmp_path: Path, warm: Nursery) -> None:
     whole = warm.start(fabric, str(tmp_path / "whole"), 0).rest()
     assert warm.start(fabric, str(tmp_path / "store"), 5).rest() == [["from", 0]]
     assert warm.start(fabric, str(tmp_path / "store"), 0).rest() == [["from", 4], whole[-1]]
+
+
+def fabric_loop(channel: Channel, url: str, wrapped: bool) -> None:
+    """Train with a sampler of ours, whose state, and the generator's, Fabric saves with the rest at every step."""
+    quietly()
+    import lightning.fabric
+    import torch
+
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+
+    class Generator:
+        def state_dict(self) -> dict[str, Any]:
+            return {"torch": torch.get_rng_state()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            torch.set_rng_state(state["torch"])
+
+    torch.set_num_threads(1)
+    torch.manual_seed(2)
+    io = StoreCheckpointIO(url)
+    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1, plugins=[io])
+    dropout = torch.nn.Dropout(0 if wrapped else 0.3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), dropout, torch.nn.ReLU(), torch.nn.Linear(16, 1))
+    model, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters(), lr=0.01))
+    loader = make_loader()
+    sampler = loader.sampler
+    state = {"model": model, "optimizer": optimizer, "sampler": sampler, "generator": Generator(), "step": 0}
+    if "latest" in io.store:
+        fabric.load("latest", state)
+    channel.send("started", state["step"])
+    if wrapped:
+        loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    for epoch in range(sampler.epoch, EPOCHS):
+        with sampler.in_epoch(epoch):
+            for x, y, numbers in sampler.track(loader):
+                loss = torch.nn.functional.mse_loss(model(x), y)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
+                state["step"] += 1
+                fabric.save("step.ckpt", state)
+                channel.send("step", state["step"], numbers.tolist())
+    channel.send("end", digest_of(model))
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "kills"), [(False, 3), (True, 3), *(pytest.param(how, 20, marks=pytest.mark.soak) for how in (False, True))]
+)
+def test_fabric_killed_at_any_moment(tmp_path: Path, warm: Nursery, wrapped: bool, kills: int) -> None:
+    """In its own loader, which sets epochs that it counts from 0 in each run, or in the one that it was given."""
+    rng = random.Random(wrapped)
+    whole = warm.start(fabric_loop, str(tmp_path / "whole"), wrapped).rest()
+    batches = {message[1]: message[2] for message in whole if message[0] == "step"}
+    assert list(batches) == [*range(1, EPOCHS * BATCHES + 1)]
+    places = iter(range(1000))
+    url = str(tmp_path / f"store{next(places)}")
+    killed = 0
+    while killed < kills:
+        child = warm.start(fabric_loop, url, wrapped)
+        assert child.recv()[0] == "started"
+        for _ in range(rng.randrange(14)):
+            message = child.recv()
+            if message[0] == "end":
+                url = str(tmp_path / f"store{next(places)}")
+                break
+            assert message[2] == batches[message[1]]
+        else:
+            time.sleep(rng.uniform(0, 0.01))
+            child.kill()
+            killed += 1
+    end = warm.start(fabric_loop, url, wrapped).rest()
+    assert end[-1] == whole[-1]
+    assert all(message[2] == batches[message[1]] for message in end if message[0] == "step")
+    with Store(url) as store:
+        assert store.verify() == []
+
+
+def fabric_more(channel: Channel, folder: str) -> None:
+    """What else Fabric does with checkpoints: parts of a state, raw objects, no state at all."""
+    quietly()
+    import lightning.fabric
+    import torch
+
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+
+    io = StoreCheckpointIO(f"{folder}/store")
+    fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1, plugins=[io])
+    model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    fabric.save("all.ckpt", {"model": model, "step": 7, "note": "words"})
+    assert io.store.checkpoint("all").step == 7
+    state: dict[str, Any] = {"model": other, "step": 0}
+    assert fabric.load("all.ckpt", state) == {"note": "words"}
+    assert digest_of(other) == digest_of(model)
+    assert state["step"] == 7
+    assert fabric.load("all.ckpt")["note"] == "words"
+    fabric.save("raw.ckpt", model.state_dict())
+    third = torch.nn.Linear(2, 1)
+    fabric.load_raw("raw.ckpt", third)
+    assert digest_of(third) == digest_of(model)
+    fabric.save("part.ckpt", {"model": model, "step": 8}, filter={"model": lambda name, value: name == "bias"})
+    assert list(io.load_checkpoint("part.ckpt")["model"]) == ["bias"]
+    channel.send("done")
+
+
+def test_what_else_fabric_does(tmp_path: Path, warm: Nursery) -> None:
+    assert told(warm, fabric_more, str(tmp_path)) == ["done"]
 
 
 def ranks(channel: Channel, url: str, folder: str, rank: int, epochs: int) -> None:

@@ -63,6 +63,8 @@ class StoreCheckpointIO:
         self.store = store if isinstance(store, Store) else Store(store)
         self._asynchronous = asynchronous
         self._pending: PendingSave | None = None
+        self._pin = ""
+        """The name, for its path, of what was saved last."""
         self._leaving: list[Job[None]] = []
         """What lets checkpoints go when that save is done."""
         self.fitting: bool | None = None
@@ -90,6 +92,7 @@ class StoreCheckpointIO:
             return tx
 
         self._wait()
+        self._pin = pin
         background = self.store._background
         if self._asynchronous:
             self._pending = background.save(begin, checkpoint, draft, when_busy="wait", rng=False, optimizer=None, checked=False)
@@ -154,9 +157,21 @@ class StoreCheckpointIO:
         pin = pin_for(path)
         return pin if pin in self.store or str(path) not in self.store else str(path)
 
+    def file_exists(self, path: str | os.PathLike[str], trainer: Any) -> bool:
+        """Say, on all ranks, whether there is a checkpoint at `path`: `ModelCheckpoint` asks, and counts up a name that comes again."""
+        ranks = ranks_of(None, everybody=True)
+
+        def look() -> bool:
+            pin = pin_for(path)
+            return pin == self._pin or pin in self.store
+
+        return look() if ranks is None else ranks.on_first(look)
+
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Let a checkpoint go: it stays only as long as the store's retention says. Not before what was saved last is durable."""
         pin, pending = pin_for(path), self._pending
+        if pin == self._pin:
+            self._pin = ""
         if pending is None:
             let_go(self.store, pin)
             return
@@ -217,13 +232,35 @@ class ExactResume(_Callback):  # type: ignore[misc]
         self._trainer: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Acquire the store before a run is resumed from it."""
+        """Acquire the store before a run is resumed from it, and let `ModelCheckpoint` look there, and not on this disk, for its files.
+
+        Raises:
+            UsageError: it is to make links on this disk.
+        """
         self._trainer = trainer
-        io = getattr(trainer.strategy.checkpoint_io, "checkpoint_io", trainer.strategy.checkpoint_io)
-        if isinstance(io, StoreCheckpointIO):
-            io.fitting = stage == "fit"
-            if io.fitting and trainer.is_global_zero:
-                io.store.acquire()
+        io = _io(trainer)
+        if io is None:
+            return
+        io.fitting = stage == "fit"
+        if not io.fitting:
+            return
+        for saver in trainer.checkpoint_callbacks:
+            if getattr(saver, "save_last", None) == "link":
+                raise UsageError(
+                    'save_last="link" makes a link on this disk, and the checkpoints are in a store; use save_last=True'
+                )
+            if hasattr(saver, "file_exists"):
+                saver.file_exists = io.file_exists
+        if trainer.is_global_zero:
+            io.store.acquire()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn of a run that starts at the beginning although there is something to resume from."""
+        io = _io(trainer)
+        begins = trainer.ckpt_path is None and trainer.global_step == 0
+        if io is not None and begins and trainer.is_global_zero and _LATEST in io.store:
+            message = f'{io.store.url} has checkpoints, and this run starts at step 0; ckpt_path="latest" goes on with the newest'
+            warnings.warn(f'{message} (Lightning looks for "last" and "hpc" on this disk only)', StoreWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         if self._trainer is None or (not self._trainer.training and not self._trainer.validating):
@@ -289,6 +326,12 @@ def _restore_generators(trainer: Any, saved: list[Any]) -> None:
     else:
         message = f"the random generators of {len(saved)} ranks were saved, and there are {trainer.world_size}: not restored"
         warnings.warn(message, StoreWarning, stacklevel=3)
+
+
+def _io(trainer: Any) -> StoreCheckpointIO | None:
+    """Return ours, if the Trainer has one, also within Lightning's `AsyncCheckpointIO`."""
+    io = getattr(trainer.strategy.checkpoint_io, "checkpoint_io", trainer.strategy.checkpoint_io)
+    return io if isinstance(io, StoreCheckpointIO) else None
 
 
 def _loader(trainer: Any) -> Any:

@@ -52,6 +52,8 @@ class Interruptable(Generic[T]):
     _kind = "samples"
     """Names the rule by which the sequence is made."""
     _unit = "samples"
+    _held = False
+    """Whether no epoch is taken, for a loader is being asked for a batch: those of Fabric and Accelerate set one that they count from 0."""
 
     def _sequence(self) -> list[T]:
         """Return the items of the current epoch, before any padding."""
@@ -122,6 +124,8 @@ class Interruptable(Generic[T]):
             HasNotResetProgressError: another epoch is under way; call `reset_progress` first, or use `in_epoch`.
         """
         epoch = whole(epoch, "an epoch", 0)
+        if self._held:
+            return
         if self.consumed and epoch != self.epoch:
             raise HasNotResetProgressError(
                 f"epoch {self.epoch} is under way ({self.consumed} of {self._length()} {self._unit} consumed): "
@@ -164,7 +168,14 @@ class Interruptable(Generic[T]):
         # epoch; drawn again in mid-epoch, it would leave dropout and the like with other numbers than there.
         with torch.random.fork_rng(devices=[], enabled=self.consumed > 0):
             batches = iter(loader)
-        for batch in batches:
+        while True:
+            self._held = True
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            finally:
+                self._held = False
             over = False
             # Not the batch's own length: what a collate function makes of the samples is not ours to know.
             self.advance(min(size, self._left(self.consumed)))
