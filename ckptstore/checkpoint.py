@@ -36,6 +36,7 @@ RNG_FILE = "rng.pt"
 LOADERS = {
     "": "store.load or store.resume",
     "accelerate": "ckptstore.integrations.accelerate.load_state",
+    "lightning": "ckptstore.integrations.lightning.StoreCheckpointIO",
     "torch.distributed.checkpoint": "dcp.load(state, storage_reader=store.dcp_reader(…))",
     "transformers": "ckptstore.integrations.transformers.StoreCallback.newest",
 }

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .checkpoint import RNG_FILE, Checkpoint
+from .checkpoint import LOADERS, RNG_FILE, Checkpoint
 from .engine import Engine
-from .errors import Damaged, FallbackWarning, StateMismatch, StoreWarning
+from .errors import Damaged, FallbackWarning, StateMismatch, StoreWarning, WrongKind
 from .lookup import first_whole, newest_first
 
 if TYPE_CHECKING:
@@ -45,8 +45,14 @@ def restore_newest(
         return plans[0] if plans and plans[0].state is state else snapshot.Plan(objects, state), saved_rng
 
     def apply() -> None:
-        _restore_sampler(checkpoint, sampler)
-        plan.carry_out()
+        try:
+            _restore_sampler(checkpoint, sampler)
+            plan.carry_out()
+        except StateMismatch as exc:
+            if not checkpoint.by:
+                raise
+            loader = LOADERS.get(checkpoint.by, "that")
+            raise WrongKind(f"checkpoint {checkpoint.id} was written by {checkpoint.by}; {loader} loads it: {exc}") from exc
         if saved_rng is not None:
             generators.restore(saved_rng)
 

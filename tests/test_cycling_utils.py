@@ -56,6 +56,17 @@ def test_several_ranks(tmp_path: Path, warm: Nursery) -> None:
         assert names["with-metrics"].load()["metrics"]["epochs"] == [{"images_seen": 32.0, "loss": 1.0}]
 
 
+THEIRS = """AtomicDirectory DistributedShardedDataset EpochHandler InterruptableDistributedGroupedBatchSampler
+InterruptableDistributedSampler InterruptableSampler MetricsTracker TimestampedTimer atomic_torch_save torch_distributed_readiness"""
+"""What one could import from cycling_utils, in any version of it. Below: what AtomicDirectory takes and has."""
+PARTS = """async force_save is_master keep_last mono name offline prepare_checkpoint_directory sync_all sync_any symlink_latest"""
+
+
+def test_every_name_of_theirs_is_on_the_page() -> None:
+    left = " ".join(line.split("|")[1] for line in PAGE.partition("## One process")[0].splitlines() if line.startswith("|"))
+    assert {*THEIRS.split(), *PARTS.split()} - set(re.findall(r"\w+", left)) == set()
+
+
 def test_every_name_of_ours_exists() -> None:
     table = PAGE.partition("## One process")[0]
     for name in [*re.findall(r"ckptstore\.([A-Za-z_]+)[(\"]", table), "HasNotResetProgressError", "AdvancedTooFarError"]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from stores import new_memory, store_on
+from stores import new_memory, store_on, unreadable
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
@@ -348,6 +348,27 @@ class TestOtherKinds:
             with pytest.raises((dcp.CheckpointException, errors.WrongKind), match=r"Store\.save or a transaction"):
                 call(store, {"x": torch.zeros(2)})
 
+    @pytest.mark.parametrize("by", ["accelerate", "lightning", "transformers"])
+    def test_what_other_libraries_wrote(self, store: Store, by: str) -> None:
+        """Nobody takes it for a state of theirs, and each says whose it is, and what loads it."""
+        with store.transaction() as tx:
+            tx.by = by
+            if by == "lightning":
+                tx.save({"state_dict": {}, "global_step": 3})
+            else:
+                with tx.open("model.safetensors") as file:
+                    file.write(b"weights")
+        state = {"x": torch.zeros(2)}
+        calls: list[Any] = [lambda: load(store, state), lambda: store.dcp_resume(state), lambda: store.resume(state)]
+        if by == "lightning":
+            assert store.load()["global_step"] == 3  # a file of torch.save's
+        else:
+            calls.append(store.load)
+        for call in calls:
+            with pytest.raises((dcp.CheckpointException, errors.WrongKind), match=rf"by {by}; ckptstore\.integrations\.{by}\."):
+                call()
+        assert state["x"].tolist() == [0, 0]
+
     def test_a_folder_that_plain_torch_wrote(self, store: Store, tmp_path: Path) -> None:
         dcp.save({"x": torch.ones(2), "n": 5}, checkpoint_id=tmp_path / "plain")
         with store.transaction("imported") as tx:
@@ -382,6 +403,17 @@ class TestResume:
         assert found is not None
         assert (found.id, state["x"].tolist()) == (ids[0], [1, 1])
         assert other.state_dict() == saved
+
+    def test_what_cannot_be_listed_is_no_empty_store(self) -> None:
+        """Nobody may take it for "no checkpoint, start at step 0"."""
+        state = {"x": torch.zeros(2)}
+        store = unreadable()
+        calls: list[Any] = [store.load, store.checkpoint, store.checkpoints, store.names]
+        calls += [lambda: store.resume(state), lambda: store.dcp_resume(state), lambda: "latest" in store]
+        for call in calls:
+            with pytest.raises(errors.BackendError, match="nothing can be read"):
+                call()
+        refused(errors.BackendError, load, store, state)
 
     def test_it_fences(self, store: Store) -> None:
         with Store(store.url) as older, Store(store.url) as newer:

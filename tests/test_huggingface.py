@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from procs import Channel, Nursery
+from stores import unreadable
 
 from ckptstore import FallbackWarning, Store, WrongKind
 
@@ -64,10 +65,22 @@ def weights(trainer: Any) -> list[float]:
     return [float(p.double().sum()) for p in trainer.model.parameters()]
 
 
-def train(channel: Channel, url: str, output: str, stop_at: int) -> None:
+def join(rank: int, world: int, meet: str) -> None:
+    """Become a rank, as a launcher would make one."""
+    import torch
+
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": 0}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in here.items()}})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+
+
+def train(channel: Channel, url: str, output: str, stop_at: int, rank: int = 0, world: int = 1) -> None:
     """Train from wherever the store says; be killed at a step, if one is given."""
     quietly()
     import transformers
+
+    if world > 1:
+        join(rank, world, f"{output}-meet{stop_at}")
 
     class Teller(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -107,6 +120,25 @@ def test_a_trainer_is_killed_and_resumed(tmp_path: Path, warm: Nursery) -> None:
             store.load()
 
 
+def test_two_ranks_of_a_trainer(tmp_path: Path, warm: Nursery) -> None:
+    """What each of them has saved is in the one checkpoint, and each goes on from it."""
+
+    def run(place: str, stop_at: int) -> list[list[Any]]:
+        url, output = str(tmp_path / place), str(tmp_path / f"{place}-output")
+        return [child.rest() for child in [warm.start(train, url, output, stop_at, rank, 2) for rank in range(2)]]
+
+    whole = run("whole", 0)
+    assert [said[0] for said in run("store", 7)] == [["from", None]] * 2
+    end = run("store", 0)
+    assert [said[0] for said in end] == [["from", "checkpoint-6"]] * 2
+    assert [said[-1] for said in end] == [said[-1] for said in whole]
+    assert end[0][-1] == end[1][-1]
+    with Store(tmp_path / "store", acquire=False) as store:
+        assert store.checkpoint().step == STEPS
+        assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(store.checkpoint().files)
+        assert store.verify() == []
+
+
 def test_a_damaged_folder_is_passed_over(tmp_path: Path, warm: Nursery) -> None:
     warm.start(train, str(tmp_path / "store"), str(tmp_path / "a"), 7).rest()
     with Store(tmp_path / "store", acquire=False) as store:
@@ -130,8 +162,8 @@ def fall_back(channel: Channel, url: str, output: str) -> None:
 # --- accelerate
 
 
-def accelerate(channel: Channel, url: str, stop_at: int, rank: int, world: int) -> None:
-    """Train by hand from wherever the store says."""
+def accelerate(channel: Channel, url: str, stop_at: int, rank: int, world: int, prepared: bool) -> None:
+    """Train by hand from wherever the store says; with a loader that sets epochs which it counts from 0 in each run, if `prepared`."""
     quietly()
     import torch
     from accelerate import Accelerator
@@ -140,14 +172,11 @@ def accelerate(channel: Channel, url: str, stop_at: int, rank: int, world: int) 
     from ckptstore.integrations.accelerate import load_state, save_state
 
     if world > 1:
-        meet = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({k: str(v) for k, v in meet.items()})
-        os.environ["MASTER_PORT"] = "0"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{url}-meet{stop_at}", rank=rank, world_size=world)
+        join(rank, world, f"{url}-meet{stop_at}")
     torch.manual_seed(3)
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0 if prepared else 0.2), torch.nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     data = torch.sin(torch.arange(64.0)[:, None] * torch.arange(1.0, 5.0))
     sampler = ckptstore.InterruptableDistributedSampler(data, seed=1)
@@ -157,6 +186,8 @@ def accelerate(channel: Channel, url: str, stop_at: int, rank: int, world: int) 
     step = 0 if checkpoint is None else checkpoint.step or 0
     channel.send("from", step)
     loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler)
+    if prepared:
+        loader = accelerator.prepare(loader)
     for epoch in range(sampler.epoch, 3):
         with sampler.in_epoch(epoch):
             for batch in sampler.track(loader):
@@ -172,18 +203,19 @@ def accelerate(channel: Channel, url: str, stop_at: int, rank: int, world: int) 
     channel.send("end", [float(p.double().sum()) for p in model.parameters()])
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_accelerate_goes_on_where_it_was(tmp_path: Path, warm: Nursery, world: int) -> None:
+@pytest.mark.parametrize(("world", "prepared"), [(1, False), (1, True), (2, False)])
+def test_accelerate_goes_on_where_it_was(tmp_path: Path, warm: Nursery, world: int, prepared: bool) -> None:
     def run(url: str, stop_at: int) -> list[list[Any]]:
-        ranks = [warm.start(accelerate, str(tmp_path / url), stop_at, rank, world) for rank in range(world)]
+        ranks = [warm.start(accelerate, str(tmp_path / url), stop_at, rank, world, prepared) for rank in range(world)]
         told = [rank.rest() for rank in ranks]
         return told[0]
 
     whole = run("whole", 0)
     assert run("store", 3) == [["from", 0]]
     assert run("store", 7) == [["from", 2]]
+    assert run("store", 11) == [["from", 6]]
     end = run("store", 0)
-    assert end[0] == ["from", 6]
+    assert end[0] == ["from", 10]
     assert end[-1] == whole[-1]
     with Store(tmp_path / "store", acquire=False) as store:
         assert store.checkpoint().by == "accelerate"
@@ -195,10 +227,11 @@ def refuse(channel: Channel, url: str) -> None:
     """Meet what cannot be."""
     quietly()
     import torch
+    import torch.distributed.checkpoint as dcp
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    from ckptstore import UsageError
+    from ckptstore import BackendError, UsageError
     from ckptstore.integrations.accelerate import load_state, save_state
     from ckptstore.integrations.transformers import StoreCallback
 
@@ -218,6 +251,20 @@ def refuse(channel: Channel, url: str) -> None:
     with pytest.raises(WrongKind, match="written by accelerate"):
         store.load()
     assert store.names() != before
+    dcp.save({"x": torch.ones(1)}, storage_writer=store.dcp_writer())
+    with pytest.raises(WrongKind, match=r"written by torch\.distributed\.checkpoint, not by accelerate"):
+        load_state(accelerator, store)
+    with store.transaction() as tx:
+        tx.by = "lightning"
+        tx.save({})
+    with pytest.raises(WrongKind, match="written by lightning, not by accelerate"):
+        load_state(accelerator, store)
+    with pytest.raises(WrongKind, match="written by lightning, not by transformers"):
+        StoreCallback(store).newest(f"{url}-out")
+    sick = unreadable()  # not taken for an empty store
+    for resume in (lambda: load_state(accelerator, sick), lambda: StoreCallback(sick).newest(f"{url}-out")):
+        with pytest.raises(BackendError, match="nothing can be read"):
+            resume()
     before = store.names()
 
     class Spoilt:

@@ -57,6 +57,20 @@ def test_nothing_is_imported_before_it_is_used() -> None:
     assert said(code) == "[]\n"
 
 
+def test_each_is_in_the_readme_in_under_ten_lines_and_tested() -> None:
+    """Every module that there is, by its name: an example, which a test runs, and an extra, if it needs a library."""
+    here = Path(__file__).parent
+    found = {p.stem for p in (Path(ckptstore.__file__).parent / "integrations").glob("[!_]*.py")}
+    assert found == {*LIBRARIES, "dcp"}
+    readme = (here.parent / "README.md").read_text(encoding="utf-8")
+    examples = dict(re.findall(r"^```python (\w+)\n(.*?)^```", readme, re.MULTILINE | re.DOTALL))
+    for name in [*found, "preemption"]:
+        assert 1 < len(examples[name].splitlines()) < 10, name
+        assert f"docs/{'distributed' if name == 'dcp' else 'preemption' if name == 'preemption' else 'integrations'}.md" in readme
+    extras = (here.parent / "tox.ini").read_text(encoding="utf-8").partition("[testenv:tests]")[2].partition("\ndeps")[0]
+    assert all(name in extras for name in LIBRARIES), "the tests run with it"
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_the_versions_are_those_of_the_extra(name: str) -> None:
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
