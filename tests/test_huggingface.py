@@ -231,7 +231,7 @@ def refuse(channel: Channel, url: str) -> None:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    from ckptstore import BackendError, UsageError
+    from ckptstore import BackendError, CheckpointNotFound, UsageError
     from ckptstore.integrations.accelerate import load_state, save_state
     from ckptstore.integrations.transformers import StoreCallback
 
@@ -261,6 +261,16 @@ def refuse(channel: Channel, url: str) -> None:
         load_state(accelerator, store)
     with pytest.raises(WrongKind, match="written by lightning, not by transformers"):
         StoreCallback(store).newest(f"{url}-out")
+    # What only has weights cannot be resumed from, and so is not the latest.
+    trainer, weights_only = make_trainer(f"{url}-weights", f"{url}-weights-out", max_steps=3, save_only_model=True)
+    trainer.train()
+    assert list(weights_only.store.names()) == ["weights"]
+    with pytest.raises(CheckpointNotFound, match="latest"):
+        weights_only.newest(f"{url}-out")
+    trainer.args.output_dir = f"{url}-elsewhere"  # as in a search of hyperparameters, which has a folder for each trial
+    with pytest.raises(UsageError, match="a store for each trial"):
+        weights_only.on_save(trainer.args, trainer.state, trainer.control)
+
     sick = unreadable()  # not taken for an empty store
     for resume in (lambda: load_state(accelerator, sick), lambda: StoreCallback(sick).newest(f"{url}-out")):
         with pytest.raises(BackendError, match="nothing can be read"):

@@ -323,6 +323,18 @@ def start_over(channel: Channel, folder: str) -> None:
     assert trainer.global_step == 16
     with pytest.raises(UsageError, match=r'save_last="link".*use save_last=True'):
         fit("latest", save_last="link")
+
+    # They run on GPUs only, but say that much before.
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    from ckptstore.integrations.lightning import ExactResume
+
+    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+        strategy.checkpoint_io = StoreCheckpointIO(f"{folder}/store")
+        with pytest.raises(UsageError, match=f"{type(strategy).__name__} saves in a way of its own.*dcp_writer"):
+            ExactResume().setup(SimpleNamespace(strategy=strategy), None, "fit")
     channel.send("warned")
 
 
@@ -424,7 +436,7 @@ def refuse(channel: Channel, folder: str) -> None:
         trainer.fit(make_model(), make_loader(), ckpt_path="latest")
 
     for by in ("accelerate", "torch.distributed.checkpoint", "transformers"):
-        with io.store.transaction() as tx:
+        with Store(url, acquire=False).transaction() as tx:
             tx.by = by
             with tx.open("model.safetensors") as file:
                 file.write(b"weights")

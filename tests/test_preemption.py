@@ -408,7 +408,6 @@ def test_torchrun_passes_signals_on(folder: Path, warm: Nursery) -> None:
     assert same_weights(folder, 500)
 
 
-@pytest.mark.soak
 def test_torchrun_starts_again(folder: Path, warm: Nursery) -> None:
     """Once is enough: no rank finds the addresses of the dead."""
     ranks = [warm.start(run_script, str(folder), rank, 2) for rank in range(2)]

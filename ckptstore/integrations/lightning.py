@@ -40,6 +40,9 @@ _LATEST = "latest"
 _WEIGHTS = "weights"
 """What checkpoints are saved under that hold weights only: nothing can be resumed from them."""
 
+_OWN_WAYS = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+"""Strategies of the Trainer that pass a `CheckpointIO` by, without a word; those of Fabric refuse one."""
+
 _pytorch = "lightning" not in sys.modules and ("pytorch_lightning" in sys.modules or find_spec("lightning") is None)
 _VERSION = require_version("pytorch-lightning" if _pytorch else "lightning", "lightning", (2, 6), 3)
 _Callback: Any = import_module("pytorch_lightning.callbacks" if _pytorch else "lightning.pytorch.callbacks").Callback
@@ -235,12 +238,15 @@ class ExactResume(_Callback):  # type: ignore[misc]
         """Acquire the store before a run is resumed from it, and let `ModelCheckpoint` look there, and not on this disk, for its files.
 
         Raises:
-            UsageError: it is to make links on this disk.
+            UsageError: it is to make links on this disk, or the strategy would pass the store by.
         """
         self._trainer = trainer
         io = _io(trainer)
         if io is None:
             return
+        for kind in type(trainer.strategy).__mro__:
+            if kind.__name__ in _OWN_WAYS:
+                raise UsageError(f"Lightning's {kind.__name__} saves in a way of its own, and not into a store: use dcp_writer")
         io.fitting = stage == "fit"
         if not io.fitting:
             return
