@@ -19,6 +19,10 @@ __all__ = ["LocalBackend"]
 
 _SMALL = 1 << 20
 """Bytes."""
+_BATCH = 8 << 20
+"""Bytes: after so many, what was written is sent on its way to the disk."""
+_GRAIN = 1 << 20
+"""Bytes: a file is sent up to a multiple of this, for where it ends now, the next write changes the same page."""
 
 
 class LocalBackend(FolderBackend):
@@ -136,6 +140,17 @@ class LocalBackend(FolderBackend):
 
 class _LocalWriter(FolderWriter[LocalBackend]):
     """See `PartWriter`."""
+
+    _waiting = 0
+    """Bytes written and not yet sent on their way, more or less: threads do not wait for each other to count."""
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        """Write, and have the disk begin while the next bytes are hashed and written: the flush then waits for little."""
+        super()._write(offset, data)
+        self._waiting += len(data)
+        if self._waiting >= _BATCH:
+            self._waiting = 0
+            start_writeback(self._new.fd, (offset + len(data)) // _GRAIN * _GRAIN)
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`.

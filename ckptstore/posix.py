@@ -174,10 +174,13 @@ def close_read(fd: int) -> None:
         os.close(fd)
 
 
-def start_writeback(fd: int) -> None:
-    """Send the data of a file on their way to the disk, without waiting. Only a hint: what goes wrong, the flush tells."""
+def start_writeback(fd: int, end: int = 0) -> None:
+    """Send the data of a file, up to byte `end` if one is given, on their way to the disk, without waiting for them to arrive.
+
+    Only a hint: what goes wrong, the flush tells.
+    """
     if _sync_file_range is not None:
-        _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+        _sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(end), _SYNC_FILE_RANGE_WRITE)
 
 
 def write_past_cache(fd: int) -> None:

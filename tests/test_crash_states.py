@@ -110,7 +110,7 @@ def is_right(tree: Tree, right: list[State], folder: Path) -> bool:
 @contextmanager
 def no_flushes() -> Iterator[None]:
     """Save the disk's time: what a crash keeps is not asked any more."""
-    with mock.patch.object(os, "fsync", lambda fd: None), mock.patch("ckptstore.posix.start_writeback", lambda fd: None):
+    with mock.patch.object(os, "fsync", lambda fd: None), mock.patch("ckptstore.posix.start_writeback", lambda fd, end=0: None):
         yield
 
 

@@ -307,6 +307,24 @@ def test_file_too_large_for_the_process(tmp_path: Path) -> None:
 # -- threads, processes, descriptors
 
 
+def test_the_disk_begins_while_a_large_file_is_written(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+
+    def note(fd: int, end: int = 0) -> None:
+        sent.append((end, os.fstat(fd).st_size))
+        posix.start_writeback(fd, end)
+
+    monkeypatch.setattr(local, "start_writeback", note)
+    piece, writer = memoryview(bytes(range(251)) * 12_000), backend.open_writer("data/x/large")
+    for number in range(10):  # 30 MB
+        writer.write(number * len(piece), piece, number)
+    assert all(end % (1 << 20) == 0 and size - (1 << 20) < end <= size for end, size in sent)
+    assert [size // len(piece) for _, size in sent] == [3, 6, 9]
+    writer.finish()
+    assert sent[3:] == [(0, 10 * len(piece))]  # to its end
+    assert backend.get("data/x/large", 1 << 25) == bytes(piece) * 10
+
+
 def test_no_descriptor_is_left_open(tmp_path: Path, backend: LocalBackend) -> None:
     backend.put_if_absent("log/1", b"x")
     (tmp_path / "store" / "link").symlink_to(tmp_path)
