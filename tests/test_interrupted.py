@@ -142,6 +142,7 @@ def interrupt(at: int, change: Callable[[], object], then: Callable[[], object])
             sys.setprofile(None)
             told.append(None)
         except BaseException as exc:
+            sys.setprofile(None)  # it may be another error, which came before the moment
             told.append(exc)
         try:
             then()
@@ -153,8 +154,8 @@ def interrupt(at: int, change: Callable[[], object], then: Callable[[], object])
     thread.start()
     thread.join(_PATIENCE)
     assert len(told) == 2, f"it waits for ever, after an interrupt at moment {at}: {told}"
-    if told[1] is not None:
-        raise told[1]
+    # Not raised as it is: an interrupt would end the whole run of the tests.
+    assert told[1] is None, f"what came after an interrupt at moment {at}: {told}"
     return at_moment.fired, told[0]
 
 
@@ -189,6 +190,11 @@ def test_an_interrupt_at_every_moment(fast: Path, what: str, stride: int) -> Non
                 store.close()
                 place = shutil.copytree(fast / "store", fast / str(step))
                 store = Store(place, owner="job")
+            elif step % 50 == 0:  # what may have been committed fills the memory, until it never can be
+                store.close()
+                store = Store(place, owner=f"job {step}", keep_last=1)
+                store.acquire()
+                store.gc()
             change = partial(LIFE[what], store, step)
             fired, error = interrupt(1 + points * stride, change, partial(save_parts, store, "next", step))
             assert error is None or (fired and isinstance(error, KeyboardInterrupt)), repr(error)
