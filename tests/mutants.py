@@ -15,7 +15,15 @@ import ckptstore
 __all__ = ["MODULES", "PACKAGE", "Mutant", "mutants_of"]
 
 PACKAGE = Path(ckptstore.__file__).parent
-_PROTOCOL = ("test_log.py", "test_store.py", "test_together.py", "test_fencing.py", "test_retention.py", "test_lost_answers.py")
+_PROTOCOL = (
+    "test_log.py",
+    "test_store.py",
+    "test_together.py",
+    "test_fencing.py",
+    "test_retention.py",
+    "test_retry.py",
+    "test_lost_answers.py",
+)
 _FOLDER = ("test_local.py", "test_local_flushes.py", "test_conformance.py", "test_hostile.py", "test_damage.py")
 _FORMAT = ("test_store.py", "test_hmac.py", "test_forged.py", "test_damage.py", "test_fuzz.py", "test_log.py")
 _SHARED = (

@@ -12,7 +12,16 @@ import pytest
 from stores import new_memory, store_on, write
 
 from ckptstore import Store, retry
-from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, NoAtomicCreate, NotFound, Throttled, Transient
+from ckptstore.errors import (
+    AlreadyExists,
+    Ambiguous,
+    BackendError,
+    NoAtomicCreate,
+    NotFound,
+    PermissionDenied,
+    Throttled,
+    Transient,
+)
 from ckptstore.log import Log
 from ckptstore.protocol import Backend, ObjectInfo
 from ckptstore.retry import Persistent
@@ -271,6 +280,17 @@ def test_one_that_obeys_it_is_asked_once(lost: tuple[int, ...], when: str) -> No
     write(store)
     assert backend.calls["put_if_absent"] == made + 1
     assert not [*inner.list("probe/")]
+
+
+def test_where_nothing_may_be_written_the_reason_is_told() -> None:
+    """A service may answer a conditional write of somebody without the right as if it were busy; an ordinary one it refuses."""
+    backend = far_away(new_memory(), probe=True)
+    backend.plan += [
+        Fault("put_if_absent", 0, before=Ambiguous("conditional request conflict")),
+        Fault("replace", 1, before=PermissionDenied(13, "not with these credentials")),
+    ]
+    with pytest.raises(PermissionDenied, match="not with these credentials"):
+        store_on(backend).acquire()
 
 
 def test_readers_try_nothing_out() -> None:
