@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .errors import NotSerializable
+from .plaintensor import are_plain
 from .snapshot import refuse_parts
 from .unpicklable import refusal
 
@@ -38,7 +39,7 @@ class Capture:
         tensors: list[torch.Tensor] = []
         bare: list[tuple[torch.UntypedStorage, torch.dtype | None]] = []
         self._structure = _pickled(obj, tensors, bare, careful=False)
-        if not _are_plain(tensors):
+        if not are_plain(tensors):
             tensors, bare = [], []
             self._structure = _pickled(obj, tensors, bare, careful=True)
         storages = [*map(torch.Tensor.untyped_storage, tensors), *(storage for storage, _ in bare)]
@@ -74,41 +75,12 @@ class Capture:
             raise NotSerializable(f"something in the state can be pickled, but not loaded again: {exc}") from exc
 
 
-_is_cpu = attrgetter("is_cpu")
-_dtype = attrgetter("dtype")
 _LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
-    _dtype,
+    attrgetter("dtype"),
     torch.Tensor.storage_offset,
     attrgetter("shape"),
     torch.Tensor.stride,
 )
-_attributes: Callable[[torch.Tensor], Any] = getattr(object, "__getstate__", lambda tensor: tensor.__dict__)
-"""Attributes that the user has set, if any. From Python 3.11 on without making an empty dictionary for each tensor, which takes a while."""
-_NUMBERS = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-}  # fmt: skip
-"""Those that are neither quantized nor complex, and so never conjugated: nearly all there are."""
-_EXCEPTIONS: tuple[Callable[[torch.Tensor], Any], ...] = (
-    attrgetter("requires_grad"),
-    attrgetter("is_nested"),
-    torch.Tensor.is_neg,
-    _attributes,
-    *(
-        getattr(torch.Tensor, name) for name in ("has_names",) if hasattr(torch.Tensor, name)
-    ),  # gone from torch 2.13 on, with the names
-)
-
-
-def _are_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Say whether tensors of exactly this class are told by their storage and how they lie in it. torch takes all others apart itself."""
-    dtypes = set(map(_dtype, tensors))
-    return (
-        (all(map(_is_cpu, tensors)) or all(t.is_cpu or t.is_cuda for t in tensors))
-        and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
-        and not any(t.is_quantized or t.is_conj() for t in tensors if dtypes - _NUMBERS)
-        and not any(any(map(exception, tensors)) for exception in _EXCEPTIONS)
-    )
 
 
 def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]], *, careful: bool) -> bytes:
@@ -122,7 +94,7 @@ def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]],
     found, plain = tensors.append, torch.Tensor
 
     def reduced(part: Any) -> Any:
-        if type(part) is plain and not (careful and not _are_plain([part])):
+        if type(part) is plain and not (careful and not are_plain([part])):
             found(part)
             return _TENSOR
         if isinstance(part, torch.UntypedStorage):

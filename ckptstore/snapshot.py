@@ -59,19 +59,23 @@ def _holders(obj: Any) -> set[int]:
     """Return the ids of the containers below `obj` from which something with a ``state_dict()`` can be reached."""
     parents: dict[int, list[int]] = {}
     found: list[int] = []
-    queue = [obj]
+    queue = [obj] if _is_container(obj) else []
     seen: set[int] = set()
     while queue:
         node = queue.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if _has(node, "state_dict"):
-            found.append(id(node))
-        elif _is_container(node):
-            for part in node.values() if isinstance(node, dict) else node:
-                parents.setdefault(id(part), []).append(id(node))
+        for part in node.values() if isinstance(node, dict) else node:
+            if type(part) in _ATOMS:  # most of what there is, but for tensors
+                continue
+            if _has(part, "state_dict"):
+                found.append(id(part))
+            elif _is_container(part):
                 queue.append(part)
+            else:
+                continue
+            parents.setdefault(id(part), []).append(id(node))
     holders: set[int] = set()
     while found:
         for parent in parents.get(found.pop(), ()):
@@ -81,13 +85,16 @@ def _holders(obj: Any) -> set[int]:
     return holders
 
 
+_ATOMS = frozenset({bool, int, float, str, bytes, type(None)})
+
+
 def refuse_parts(state: Any) -> None:
     """Refuse a state of which this process has only its own part: what is loaded elsewhere would be wrong, and nobody would notice.
 
     Raises:
         NotSerializable: says where.
     """
-    if "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules or not any(hasattr(kind, "full_tensor") for kind in _kinds(state)):
         return
     queue = [("obj", state)]
     seen: set[int] = set()
@@ -112,6 +119,22 @@ def refuse_parts(state: Any) -> None:
         if id(node) not in seen:
             seen.add(id(node))
             queue += [(f"{path}[{key!r}]", part) for key, part in parts]
+
+
+def _kinds(obj: Any) -> set[type]:
+    """Return the classes of what is in nested containers."""
+    kinds = {type(obj)}
+    queue = [obj] if isinstance(obj, (dict, list, tuple)) else []
+    seen: set[int] = set()
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        parts = list(node.values()) if isinstance(node, dict) else node
+        kinds.update(map(type, parts))
+        queue += [part for part in parts if isinstance(part, (dict, list, tuple))]
+    return kinds
 
 
 def _has(obj: Any, method: str) -> bool:

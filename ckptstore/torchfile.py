@@ -26,6 +26,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from .checksum import crc32
 from .errors import BackendError, NotSerializable
 from .opcodes import global_names
+from .plaintensor import reduction
 from .unpicklable import check_storage, refusal
 from .zipsums import ZipSums
 
@@ -156,6 +157,8 @@ def _is_small(obj: Any) -> bool:
             if value.layout is not torch.strided:
                 return False
             left -= value.untyped_storage().nbytes()
+            if left < 0:
+                return False
         elif kind is str or kind is bytes:
             left -= len(value)
         elif kind is int:
@@ -294,6 +297,9 @@ class _Pickler(pickle.Pickler):
         # torch's subclass decides what is a storage, and does not ask its base class.
         cls.persistent_id = _watched(cls.persistent_id)  # type: ignore[method-assign]
 
+    def reducer_override(self, obj: Any) -> Any:
+        return reduction(obj) if type(obj) is torch.Tensor else NotImplemented
+
     def dump(self, obj: Any) -> None:
         try:
             super().dump(obj)
@@ -304,7 +310,10 @@ class _Pickler(pickle.Pickler):
             raise
 
 
-_NO_STORAGES = frozenset({bool, bytes, collections.OrderedDict, dict, float, int, list, str, tuple, torch.Size, type(None)})
+_NO_STORAGES = frozenset(
+    {bool, bytes, collections.OrderedDict, dict, float, int, list, str, tuple, torch.Size, type(None)}
+    | {type, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, torch.nn.Parameter, torch.dtype}
+)
 """Most of what a pickle is made of, and is asked about one by one."""
 _PICKLE_MODULE = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
 
@@ -312,8 +321,10 @@ _PICKLE_MODULE = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
 def _watched(persistent_id: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Note the keys of the storages that are written, and refuse those that could not be read back."""
 
+    no_storages = _NO_STORAGES
+
     def watch(self: Any, obj: Any) -> Any:
-        if type(obj) in _NO_STORAGES:
+        if type(obj) in no_storages:
             return None
         pid = persistent_id(self, obj)
         if pid is not None:

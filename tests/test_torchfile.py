@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copyreg
 import dataclasses
 import datetime
 import enum
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptstore import torchfile, torchload
+from ckptstore import plaintensor, torchfile, torchload
 from ckptstore.errors import BackendError, NotSerializable, StorageFull, UnsafeContent
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # sparse CSR is in beta, quantization is deprecated, …
@@ -247,11 +248,60 @@ def test_the_file_is_a_plain_zip_with_checksums(tmp_path: pathlib.Path) -> None:
     assert zipfile.ZipFile(path).testzip() is not None
 
 
-def test_same_bytes_as_torch_save() -> None:
-    state = {"a": torch.arange(7.0), "n": [1, "x"], "big": torch.ones(300, 300)}
+def with_attribute() -> torch.Tensor:
+    tensor = torch.ones(3)
+    tensor.note = [1, {"from": "the user"}]  # type: ignore[attr-defined]
+    return tensor
+
+
+TOLD_OTHERWISE: dict[str, Callable[[], Any]] = {
+    "attributes": with_attribute,
+    "negated": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+    "not a leaf": lambda: torch.ones(3, requires_grad=True) * 2,
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "shared": lambda: [t := torch.arange(9.0), t, t[1:4], t.data],
+    "a subclass": lambda: torch.ones(2).as_subclass(MyTensor),
+}
+
+
+@pytest.mark.parametrize("make", [*LOADABLE.values(), *TOLD_OTHERWISE.values()], ids=[*LOADABLE, *TOLD_OTHERWISE])
+def test_same_bytes_as_torch_save(make: Callable[[], Any]) -> None:
+    state = {"a": torch.arange(7.0), "n": [1, "x"], "big": torch.ones(300, 300), "it": make()}
     by_torch = io.BytesIO()
     torch.save(state, by_torch)
     assert saved(state)[1] == by_torch.getvalue()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bytes_as_torch_save_of_every_dtype(dtype: torch.dtype) -> None:
+    tensor = bits(dtype, 3, 5)
+    state = {"t": tensor, "view": tensor[1:, ::2], "zero": tensor[:0], "scalar": tensor[1, 1], "big": torch.ones(300, 300)}
+    by_torch = io.BytesIO()
+    torch.save(state, by_torch)
+    assert saved(state)[1] == by_torch.getvalue()
+
+
+def test_who_pickles_tensors_in_a_way_of_his_own_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(copyreg.dispatch_table, torch.Tensor, lambda tensor: (torch.Size, (tensor.tolist(),)))
+    _, data = saved({"t": torch.arange(3), "big": [0.0] * 2000})  # not small
+    assert torchload.load(data)["t"] == torch.Size([0, 1, 2])
+
+
+def test_if_torch_pickles_tensors_otherwise_than_we_know_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = torch.Tensor.__reduce_ex__
+
+    def otherwise(tensor: torch.Tensor, protocol: Any) -> Any:
+        call, arguments = theirs(tensor, protocol)
+        return call, (*arguments, {"new in torch 9": True})
+
+    plaintensor._is_as_torchs.cache_clear()
+    assert plaintensor.reduction(torch.ones(2)) is not NotImplemented
+    monkeypatch.setattr(torch.Tensor, "__reduce_ex__", otherwise)
+    plaintensor._is_as_torchs.cache_clear()
+    try:
+        assert plaintensor.reduction(torch.ones(2)) is NotImplemented
+    finally:
+        plaintensor._is_as_torchs.cache_clear()
 
 
 def test_storages_come_in_one_piece_without_a_copy() -> None:
