@@ -19,18 +19,16 @@ import torch
 from . import archive, rebuild, torchload
 from .archive import Record
 from .errors import NotFound, UsageError
+from .pages import LargePages
 from .reading import Piece, StoredFile
 from .rebuild import Hollow, NotPlain
 
 __all__ = ["NotPlain", "PlainFile", "is_cpu", "load", "load_tensors", "new_storage", "tensor_names", "writable"]
 
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14  # <asm-generic/mman-common.h>
 _WRITE = 0x200  # PyBUF_WRITE
 _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.restype = ctypes.py_object
 _memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) -> Any:
@@ -139,7 +137,8 @@ class PlainFile:
         """
         wanted = {record.start: record for record in records}
         storages = {start: new_storage(record.size) for start, record in wanted.items()}
-        pieces = [(start, writable(storage)) for start, storage in storages.items() if storage.nbytes()]
+        large = LargePages()
+        pieces = [(start, writable(storage, large)) for start, storage in storages.items() if storage.nbytes()]
         self.check(pieces, self.records if all_chunks else wanted.values(), all_chunks=all_chunks)
         return storages
 
@@ -156,14 +155,9 @@ def new_storage(size: int) -> torch.UntypedStorage:
     return torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
 
 
-def writable(storage: torch.UntypedStorage) -> memoryview:
-    """Return the memory of a new storage, which is not empty.
-
-    The kernel is to provide it in large pages: making memory costs as much as reading the data.
-    """
+def writable(storage: torch.UntypedStorage, large: LargePages) -> memoryview:
+    """Return the memory of a new storage, which is not empty, of large pages if there are any."""
     address, size = storage.data_ptr(), storage.nbytes()
-    first, end = -(-address // _HUGE_PAGE) * _HUGE_PAGE, (address + size) // _HUGE_PAGE * _HUGE_PAGE
-    if end > first and _madvise is not None:
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)  # a hint: what comes of it does not matter
+    large.ask(address, size)
     view: memoryview = _memory(address, size, _WRITE)
     return view

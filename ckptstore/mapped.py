@@ -17,6 +17,7 @@ import torch
 from . import archive, rebuild, torchload
 from .errors import UsageError
 from .loading import PlainFile, new_storage, writable
+from .pages import LargePages
 from .protocol import LocalFiles
 from .reading import Piece, StoredFile
 from .rebuild import NotPlain
@@ -100,6 +101,7 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
     starts = {view.data_ptr(): start for start, view in views.items()}
     owned: dict[int, torch.UntypedStorage] = {}  # by the address in the file, and by the new one
     pieces: list[Piece] = []
+    large = LargePages()
     for part in held(result):
         for tensor in rebuild.tensors_of(part):
             view = tensor.untyped_storage()
@@ -109,7 +111,7 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
             if address not in owned:
                 owned[address] = storage = new_storage(view.nbytes())
                 owned[storage.data_ptr()] = storage
-                pieces.append((starts[address], writable(storage)))
+                pieces.append((starts[address], writable(storage, large)))
             with torch.no_grad():
                 tensor.set_(owned[address], tensor.storage_offset(), tensor.size(), tensor.stride())
     plain.check(pieces, plain.records)

@@ -13,6 +13,7 @@ from typing import Any
 from .checksum import crc64nvme, digest_of, new_digest
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import FileEntry
+from .pages import provide
 from .protocol import Backend, LocalFiles, ObjectInfo
 from .workers import Workers
 
@@ -258,6 +259,7 @@ class _Pass:
         here = [(offset, view) for offset, view in here if offset + len(view) > start]
         if len(here) == 1 and here[0][0] <= start and stop <= here[0][0] + len(here[0][1]):
             direct = here[0][1][start - here[0][0] : stop - here[0][0]]
+            provide(direct)
             self._read_into(start, direct)
             yield direct
             return

@@ -1,0 +1,74 @@
+"""New memory: large pages as long as there are some, and what is provided before it is read into."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckptstore import pages
+from ckptstore.pages import LargePages, provide
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is told to the kernel is for Linux")
+MIB = 1 << 20
+
+
+def new(size: int) -> tuple[memoryview, int]:
+    view = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return view, ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def asked(address: int) -> bool:
+    """Say whether large pages were asked for, for the memory at an address: proc_pid_smaps(5)."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(found[1], 16) <= address < int(found[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("no such memory")
+
+
+def test_no_more_large_pages_are_asked_for_than_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_free", lambda: 16 * MIB)  # of which others may want a quarter
+    large = LargePages()
+    some = [new(6 * MIB) for _ in range(4)]
+    for view, address in some:
+        large.ask(address, len(view))
+    flags = [asked(-(-address // (2 * MIB)) * 2 * MIB) for _, address in some]
+    assert flags[:2] == [True, True]
+    assert not all(flags)
+
+
+def test_memory_that_is_there_is_left_as_it_is() -> None:
+    view, address = new(8 * MIB)
+    view[:] = bytes(range(256)) * (len(view) // 256)
+    LargePages().ask(address, len(view))
+    provide(view)
+    assert not asked(address + 4 * MIB)
+    assert view == bytes(range(256)) * (len(view) // 256)
+
+
+def test_where_the_kernel_does_not_tell_none_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    view, address = new(8 * MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", unreadable)
+        LargePages().ask(address, len(view))
+    assert not asked(address + 4 * MIB)
+
+
+def test_memory_is_there_once_it_is_provided() -> None:
+    view, address = new(MIB)
+    assert not pages._is_there(address)
+    provide(view[: MIB // 2])
+    assert pages._is_there(address)
+    assert pages._is_there(address + MIB // 2 - mmap.PAGESIZE)
+    assert not pages._is_there(address + MIB // 2)
+    assert view == bytes(MIB)
