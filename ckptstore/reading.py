@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -214,8 +215,8 @@ class _Pass:
         self._block = block
         self._targets = targets or []
         self._offsets = [offset for offset, _ in self._targets]
-        # Memory for what is only looked at, or copied: used again and again, for new memory costs as much as reading does.
-        self._spare: list[memoryview] = []
+        # Each thread's memory for what is only looked at, or copied: used again and again, for new memory costs as much as reading does.
+        self._own = threading.local()
 
     def __call__(self, span: Span) -> list[DamagedFile]:
         """Return what is wrong with each chunk that is not what was committed."""
@@ -235,45 +236,42 @@ class _Pass:
     def _several(self, span: Span) -> list[DamagedFile]:
         start, stop, first, after = span
         bad = []
-        with self._read(start, stop) as view:
-            for n in range(first, after):
-                at = self._chunks.starts[n] - start
-                chunk = view[at : at + self._chunks.entry.chunks[n][0]]
-                bad += self._chunks.compare(n, crc64nvme(chunk), digest_of(self._chunks.entry.digest, chunk))
+        view = self._read(start, stop)
+        for n in range(first, after):
+            at = self._chunks.starts[n] - start
+            chunk = view[at : at + self._chunks.entry.chunks[n][0]]
+            bad += self._chunks.compare(n, crc64nvme(chunk), digest_of(self._chunks.entry.digest, chunk))
         return bad
 
     def _one(self, start: int, stop: int, number: int) -> list[DamagedFile]:
         """Do it for one chunk, which may be large: block by block."""
         crc, digest = 0, new_digest(self._chunks.entry.digest) if self._chunks.entry.digest else None
         for low in range(start, stop, self._block):
-            with self._read(low, min(low + self._block, stop)) as view:
-                crc = crc64nvme(view, crc)
-                if digest:
-                    digest.update(view)
+            view = self._read(low, min(low + self._block, stop))
+            crc = crc64nvme(view, crc)
+            if digest:
+                digest.update(view)
         return self._chunks.compare(number, crc, digest.hexdigest() if digest else "")
 
-    @contextmanager
-    def _read(self, start: int, stop: int) -> Iterator[memoryview]:
-        """Lend some bytes of the file, which are in the targets afterwards."""
+    def _read(self, start: int, stop: int) -> memoryview:
+        """Return some bytes of the file, which are in the targets now. Good until the next call in this thread."""
         here = self._targets[overlapping(self._offsets, start, stop)]
         here = [(offset, view) for offset, view in here if offset + len(view) > start]
         if len(here) == 1 and here[0][0] <= start and stop <= here[0][0] + len(here[0][1]):
             direct = here[0][1][start - here[0][0] : stop - here[0][0]]
             provide(direct)
             self._read_into(start, direct)
-            yield direct
-            return
-        try:
-            buffer = self._spare.pop()
-        except IndexError:
-            buffer = memoryview(b"")
+            return direct
+        buffer: memoryview = getattr(self._own, "buffer", _NOTHING)
         if len(buffer) < stop - start:
-            buffer = memoryview(mmap.mmap(-1, stop - start))
+            buffer = self._own.buffer = memoryview(mmap.mmap(-1, stop - start))
         view = buffer[: stop - start]
         self._read_into(start, view)
-        yield view
         scatter(start, view, here)
-        self._spare.append(buffer)
+        return view
+
+
+_NOTHING = memoryview(b"")
 
 
 def overlapping(offsets: list[int], start: int, stop: int) -> slice:
@@ -317,11 +315,16 @@ def damaged_ranges(
     there = [n for n, start in enumerate(chunks.starts) if start + entry.chunks[n][0] <= size]
     bad: list[tuple[int, int]] = []
     with opened(backend, key) as (read_into, block):
-        spans, one = list(chunks.spans(there, block)), _Pass(chunks, read_into, block)
-        for span, found in zip(spans, (workers.map if workers and len(spans) > 1 else map)(one, spans), strict=True):
+        one = _Pass(chunks, read_into, block)
+        jobs = list(_jobs(chunks.spans(there, block), backend.capabilities.part_size))
+
+        def several(spans: list[Span]) -> list[DamagedFile]:
+            return [damage for span in spans for damage in one(span)]
+
+        for job, found in zip(jobs, (workers.map if workers and len(jobs) > 1 else map)(several, jobs), strict=True):
             bad += [one for damage in found for one in damage.ranges]
             if progress is not None:
-                progress(span[1] - span[0])
+                progress(job[-1][1] - job[0][0])
     if len(there) < len(chunks.starts):
         cut = chunks.starts[len(there)]
         bad.append((cut, entry.size))
