@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import picklescan
 from .errors import UnsafeContent
@@ -34,8 +35,7 @@ Read = Callable[[int, int], memoryview]
 """Returns so many bytes from an offset on, all of which were checked, and which lie inside the file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One entry of an archive."""
 
     path: bytes
@@ -126,9 +126,10 @@ def outline(read: Read, size: int, name: str) -> Outline | None:
             starts[i] = after - length - ((24 if wide else 16) if flags & 0x0008 and length else 0)
             if not 0 <= starts[i] - header - _LOCAL.size - len(path) <= 0xFFFF:
                 return None
-            record = Record(path, header, starts[i], length)
-            if path.endswith(b"/data.pkl") and not record.fits(read(header, record.header_size)):
-                return None
+            if path.endswith(b"/data.pkl"):
+                record = Record(path, header, starts[i], length)
+                if not record.fits(read(header, record.header_size)):
+                    return None
         return _judged(listed, starts, end, read)
 
 
@@ -186,14 +187,16 @@ def _listed(read: Read, total: int) -> tuple[list[_Listed], int]:
             raise UnsafeContent("its zip directory is malformed")
         if method != 0 or flags & ~_FLAGS:
             raise UnsafeContent(f"entry {_text(path)} is compressed or encrypted, and torch.save does neither")
-        size, packed, header = _wide(extra, size, packed, header)
+        if 0xFFFFFFFF in (size, packed, header):
+            size, packed, header = _wide(extra, size, packed, header)
         if size != packed:
             raise UnsafeContent(f"entry {_text(path)} declares two different sizes")
         if header + _LOCAL.size > total:
             raise UnsafeContent(f"entry {_text(path)} lies outside the file")
-        if path.lower() in folded or b"\0" in path:  # torch's reader looks names up without regard to case, as C strings
+        lower = path.lower()
+        if lower in folded or b"\0" in path:  # torch's reader looks names up without regard to case, as C strings
             raise UnsafeContent(f"it holds two entries named {_text(path)}, or one whose name cannot be told apart")
-        folded.add(path.lower())
+        folded.add(lower)
         listed.append((path, header, size, flags))
     if offset != len(buffer):
         raise UnsafeContent("its zip directory does not hold as many entries as it says")
@@ -221,8 +224,6 @@ def _directory(read: Read, total: int) -> tuple[int, int, int]:
 def _wide(extra: memoryview, size: int, packed: int, header: int) -> tuple[int, int, int]:
     """Return size, packed size and header offset, read from the zip64 extra field where the narrow ones are full."""
     narrow = [size, packed, header]
-    if 0xFFFFFFFF not in narrow:
-        return size, packed, header
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)

@@ -102,8 +102,8 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
     owned: dict[int, torch.UntypedStorage] = {}  # by the address in the file, and by the new one
     pieces: list[Piece] = []
     large = LargePages()
-    for part in held(result):
-        for tensor in rebuild.tensors_of(part):
+    with torch.no_grad():
+        for tensor in (tensor for part in held(result) for tensor in rebuild.tensors_of(part)):
             view = tensor.untyped_storage()
             address = view.data_ptr()
             if not view.nbytes():
@@ -112,8 +112,7 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
                 owned[address] = storage = new_storage(view.nbytes())
                 owned[storage.data_ptr()] = storage
                 pieces.append((starts[address], writable(storage, large)))
-            with torch.no_grad():
-                tensor.set_(owned[address], tensor.storage_offset(), tensor.size(), tensor.stride())
+            tensor.set_(owned[address], tensor.storage_offset(), tensor.size(), tensor.stride())
     plain.check(pieces, plain.records)
     return result
 

@@ -6,6 +6,7 @@ Opcodes and their arguments: CPython's ``pickletools``. What a pickle means, and
 from __future__ import annotations
 
 import pickletools
+import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
 __all__ = ["COUNTED", "FIXED", "OPCODES", "SLACK", "global_names", "modern", "plain_ops"]
@@ -74,18 +75,18 @@ def plain_ops(data: bytes, size: int) -> bool:
     Only for pickles of the simplest opcodes, those that plain tensors and containers are made of; of others it says no. The C unpickler
     keeps its memo in an array, however few entries that has; BUILD copies what may be large, and may be asked for again and again.
     """
-    fixed, pos, builds = _SIMPLE, 0, 0
+    fixed, number, pos, builds = _SIMPLE, _NUMBER.unpack_from, 0, 0
     try:
         while True:
             op = data[pos]
             if step := fixed[op]:
                 pos += step
             elif op == 0x72:  # LONG_BINPUT
-                if int.from_bytes(data[pos + 1 : pos + 5], "little") > pos:
+                if number(data, pos + 1)[0] > pos:
                     return False
                 pos += 5
             elif op == 0x58:  # BINUNICODE
-                pos += 5 + int.from_bytes(data[pos + 1 : pos + 5], "little")
+                pos += 5 + number(data, pos + 1)[0]
             elif op == 0x63:  # GLOBAL
                 pos = data.index(b"\n", data.index(b"\n", pos) + 1) + 1
             elif op == 0x8A:  # LONG1
@@ -95,10 +96,11 @@ def plain_ops(data: bytes, size: int) -> bool:
                 pos += 1
             else:  # 0x2E: STOP
                 return op == 0x2E and builds * len(data) * _ITEM <= size + SLACK
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, struct.error):
         return False
 
 
+_NUMBER = struct.Struct("<L")
 _ITEM = 64
 """Bytes of memory that a byte of a pickle may take at most, in a dict that is copied."""
 _SIMPLE = [0] * 256

@@ -13,17 +13,17 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["LargePages", "provide"]
+__all__ = ["LargePages", "is_new", "provide"]
 
 _LARGE = 2 << 20
 _HUGEPAGE, _POPULATE_WRITE = 14, 23  # <asm-generic/mman-common.h>; Python does not name the second
-_WORTHWHILE = 64 << 10
-"""Bytes from which on it pays to ask whether they are there."""
+_WORTHWHILE = 4 << 20
+"""Bytes from which on it pays to ask whether they are there: that takes as long as to read 20 KiB."""
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-_first_byte = ctypes.c_char.from_buffer
+_quick = ctypes.PyDLL(None)  # keeps the GIL: it takes longer to get it back than to ask what is asked here
 if _libc is not None:
     _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    _quick.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 class LargePages:
@@ -35,7 +35,7 @@ class LargePages:
     def ask(self, address: int, size: int) -> None:
         """Ask for large pages for the memory at `address`, if there are enough, and nothing is there yet."""
         first, end = -(-address // _LARGE) * _LARGE, (address + size) // _LARGE * _LARGE
-        if _libc is None or end <= first or _is_there(first):
+        if _libc is None or size < _WORTHWHILE or _is_there(address + size // 2):
             return
         if self._left is None:
             self._left = _free() // 4 * 3  # others want some too
@@ -54,18 +54,25 @@ def _free() -> int:
     return total
 
 
+def is_new(view: memoryview) -> bool:
+    """Say whether `view` is large, and nobody has touched it: memory that was freed and is used again mostly is there already."""
+    return _libc is not None and len(view) >= _WORTHWHILE and not _is_there(_address(view) + len(view) // 2)
+
+
 def provide(view: memoryview) -> None:
-    """Have the kernel provide the memory of `view`, which is to be overwritten, in one call instead of at each page's first touch."""
-    if _libc is None or len(view) < _WORTHWHILE:
-        return
-    address = ctypes.addressof(_first_byte(view))
-    first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + len(view)) // mmap.PAGESIZE * mmap.PAGESIZE
-    if not _is_there(end - mmap.PAGESIZE):
-        _libc.madvise(first, end - first, _POPULATE_WRITE)  # before Linux 5.14 nothing comes of it
+    """Have the kernel provide the memory of a part of what `is_new`, in one call instead of at each page's first touch."""
+    if _libc is not None:
+        address = _address(view)
+        first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + len(view)) // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc.madvise(first, max(0, end - first), _POPULATE_WRITE)  # before Linux 5.14 nothing comes of it
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _is_there(address: int) -> bool:
-    """Say whether the page at `address` has been provided: memory that was freed and is used again mostly has."""
-    assert _libc is not None
-    there = ctypes.create_string_buffer(1)
-    return _libc.mincore(address, mmap.PAGESIZE, there) == 0 and there.raw[0] & 1 == 1
+    """Say whether the page at `address` has been provided."""
+    there = ctypes.c_ubyte()
+    page = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return _quick.mincore(page, mmap.PAGESIZE, ctypes.byref(there)) == 0 and there.value & 1 == 1

@@ -14,7 +14,7 @@ from typing import Any
 from .checksum import crc64nvme, digest_of, new_digest
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import FileEntry
-from .pages import provide
+from .pages import is_new, provide
 from .protocol import Backend, LocalFiles, ObjectInfo
 from .workers import Workers
 
@@ -215,6 +215,7 @@ class _Pass:
         self._block = block
         self._targets = targets or []
         self._offsets = [offset for offset, _ in self._targets]
+        self._new = {offset for offset, view in self._targets if is_new(view)}
         # Each thread's memory for what is only looked at, or copied: used again and again, for new memory costs as much as reading does.
         self._own = threading.local()
 
@@ -259,12 +260,13 @@ class _Pass:
         here = [(offset, view) for offset, view in here if offset + len(view) > start]
         if len(here) == 1 and here[0][0] <= start and stop <= here[0][0] + len(here[0][1]):
             direct = here[0][1][start - here[0][0] : stop - here[0][0]]
-            provide(direct)
+            if here[0][0] in self._new:
+                provide(direct)
             self._read_into(start, direct)
             return direct
         buffer: memoryview = getattr(self._own, "buffer", _NOTHING)
         if len(buffer) < stop - start:
-            buffer = self._own.buffer = memoryview(mmap.mmap(-1, stop - start))
+            buffer = self._own.buffer = memoryview(mmap.mmap(-1, max(stop - start, self._block)))
         view = buffer[: stop - start]
         self._read_into(start, view)
         scatter(start, view, here)

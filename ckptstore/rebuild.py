@@ -80,7 +80,7 @@ class Hollow(_Inert):
 
     def made(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Return the tensor, a view of `storage`."""
-        tensor = torch.empty(0, dtype=self.dtype, device="cpu")
+        tensor = torch.empty(0, dtype=self.dtype, device=_CPU)
         if type(tensor) is not torch.Tensor:
             raise NotPlain  # somebody has torch make others, as FakeTensorMode does
         try:
@@ -154,6 +154,7 @@ def _device(*args: Any) -> torch.device:
 
 
 _MAX_DIMS = 64
+_CPU = torch.device("cpu")
 _KINDS = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,

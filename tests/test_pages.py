@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptstore import pages
-from ckptstore.pages import LargePages, provide
+from ckptstore.pages import LargePages, is_new, provide
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is told to the kernel is for Linux")
 MIB = 1 << 20
@@ -48,6 +48,7 @@ def test_memory_that_is_there_is_left_as_it_is() -> None:
     view, address = new(8 * MIB)
     view[:] = bytes(range(256)) * (len(view) // 256)
     LargePages().ask(address, len(view))
+    assert not is_new(view)
     provide(view)
     assert not asked(address + 4 * MIB)
     assert view == bytes(range(256)) * (len(view) // 256)
@@ -65,10 +66,11 @@ def test_where_the_kernel_does_not_tell_none_are_asked_for(monkeypatch: pytest.M
 
 
 def test_memory_is_there_once_it_is_provided() -> None:
-    view, address = new(MIB)
-    assert not pages._is_there(address)
-    provide(view[: MIB // 2])
-    assert pages._is_there(address)
-    assert pages._is_there(address + MIB // 2 - mmap.PAGESIZE)
-    assert not pages._is_there(address + MIB // 2)
-    assert view == bytes(MIB)
+    view, address = new(8 * MIB)
+    assert is_new(view)
+    provide(view[3 * MIB : 5 * MIB + 1])
+    assert not is_new(view)
+    assert pages._is_there(address + 3 * MIB)
+    assert pages._is_there(address + 5 * MIB - 1)
+    assert not pages._is_there(address + 7 * MIB)
+    assert view == bytes(8 * MIB)
