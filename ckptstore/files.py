@@ -9,7 +9,7 @@ from types import TracebackType
 
 from .checksum import ALGORITHM
 from .engine import Engine
-from .errors import CkptStoreError, DamagedFile, InvalidName, KeyMismatch, UsageError
+from .errors import AlreadyExists, CkptStoreError, DamagedFile, InvalidName, KeyMismatch, UsageError
 from .manifest import FileEntry
 from .naming import check_path, data_key, file_key
 from .protocol import PartWriter
@@ -167,7 +167,11 @@ class Files:
             self._files[entry.key] = entry
             del self._sinks[entry.key]
             self._written.append((sink.writer, entry.key))
-            sink.writer.start_finish()
+            try:
+                sink.writer.start_finish()
+            except AlreadyExists:
+                del self._files[entry.key]  # not ours, and so not to be dropped
+                raise
             if len(self._written) >= _OPEN_FILES:
                 self.finish()
         except BaseException:
@@ -189,9 +193,9 @@ class Files:
     def finish(self) -> None:
         """Make durable what is complete, in parallel, and note the checksums that the service recorded."""
         if self._is_small():
-            checksums: Iterable[str | None] = [writer.finish() for writer, _ in self._written]
+            checksums: Iterable[str | None] = [self._finish(written) for written in self._written]
         else:
-            checksums = self._engine.workers.map(lambda item: item[0].finish(), self._written)
+            checksums = self._engine.workers.map(self._finish, self._written)
         for (_, key), checksum in zip(self._written, checksums, strict=True):
             if checksum and key in self._files:
                 entry = self._files[key]
@@ -201,6 +205,14 @@ class Files:
                     raise DamagedFile(f"{what}; let nothing write to tensors during a save", entry.path, [(0, entry.size)])
                 self._files[key] = replace(entry, remote=checksum)
         self._written.clear()
+
+    def _finish(self, written: tuple[PartWriter, str]) -> str | None:
+        writer, key = written
+        try:
+            return writer.finish()
+        except AlreadyExists:
+            self._files.pop(key, None)  # not ours, and so not to be dropped
+            raise
 
     def put_last(self, key: str, data: bytes) -> None:
         """Write `data` as the object `key`, which is no file of the checkpoint. If all is small, `finish` has still to be called."""

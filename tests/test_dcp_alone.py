@@ -177,6 +177,17 @@ class TestPartialLoads:
         ((start, stop),) = damaged.ranges
         assert start <= 1 << 20 < stop
 
+    def test_damage_that_was_met_is_written_down_by_the_next_commit(self, store: Store) -> None:
+        """So that retention does not count on it, nor others look at it again."""
+        ids = [save(store, {"x": torch.ones(2)}, step=step) for step in (1, 2)]
+        file = Path(store.url) / "data" / ids[1] / "__0_0.distcp"
+        file.write_bytes(file.read_bytes()[:-1])
+        refused(errors.DamagedFile, load, store, {"x": torch.zeros(2)})
+        save(store, {"x": torch.ones(2)}, step=3)
+        found = store._engine.log.head().record.entry(ids[1])
+        assert found is not None
+        assert found.verified is False
+
     def test_random_ranges_are_those_of_the_file(self) -> None:
         backend = Reading()
         with store_on(backend) as store:
@@ -239,6 +250,40 @@ class TestPlanners:
             refused(UsageError, dcp.save, {"x": torch.ones(2)}, storage_writer=store.dcp_writer(), planner=planner)
         )
         assert len(store.checkpoints()) == 1
+
+    @pytest.mark.parametrize("where", ["local", "memory", "shared"])  # a name that is taken is met at three different moments
+    def test_a_rank_that_writes_to_the_place_of_an_earlier_save(self, tmp_path: Path, where: str) -> None:
+        """What is there stays, and nothing is published."""
+        store = Store({"local": str(tmp_path), "memory": "memory://stale", "shared": f"shared://{tmp_path}/s?create=1"}[where])
+
+        class Stale(dcp.DefaultSavePlanner):
+            place: Any = None
+
+            def finish_plan(self, new_plan: Any) -> Any:
+                plan = super().finish_plan(new_plan)
+                self.place = self.place or plan.storage_data
+                return replace(plan, storage_data=self.place)
+
+        class Lost(dcp.DefaultSavePlanner):
+            def finish_plan(self, new_plan: Any) -> Any:
+                return replace(super().finish_plan(new_plan), storage_data=None)
+
+        planner = Stale()
+        dcp.save({"x": torch.ones(2)}, storage_writer=store.dcp_writer(step=1), planner=planner)
+        cause = refused(UsageError, dcp.save, {"x": torch.zeros(2)}, storage_writer=store.dcp_writer(), planner=planner)
+        assert "Stale gave this rank the place of an earlier save" in str(cause)
+
+        # One that also loses what says so. The file that is there stays; elsewhere, what was written is not taken in.
+        planner.place = replace(planner.place, token=None)
+        refused(errors.AlreadyExists, dcp.save, {"x": torch.zeros(2)}, storage_writer=store.dcp_writer(), planner=planner)
+        planner.place = replace(planner.place, file="__7_0.distcp")
+        cause = refused(CkptStoreError, dcp.save, {"x": torch.zeros(2)}, storage_writer=store.dcp_writer(), planner=planner)
+        assert "a rank used an earlier plan" in str(cause)
+        cause = refused(UsageError, dcp.save, {"x": torch.zeros(2)}, storage_writer=store.dcp_writer(), planner=Lost())
+        assert "lost the plan's storage_data" in str(cause)
+        assert [c.step for c in store.checkpoints()] == [1]
+        assert load(store, {"x": torch.zeros(2)})["x"].tolist() == [1, 1]
+        assert store.verify() == []
 
     def test_saving_without_coordination_is_refused(self, store: Store) -> None:
         with pytest.raises(UsageError, match="use_collectives"):

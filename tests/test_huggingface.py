@@ -226,12 +226,14 @@ def test_accelerate_goes_on_where_it_was(tmp_path: Path, warm: Nursery, world: i
 def refuse(channel: Channel, url: str) -> None:
     """Meet what cannot be."""
     quietly()
+    import pickle
+
     import torch
     import torch.distributed.checkpoint as dcp
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    from ckptstore import BackendError, CheckpointNotFound, UsageError
+    from ckptstore import BackendError, CheckpointNotFound, Fenced, UsageError
     from ckptstore.integrations.accelerate import load_state, save_state
     from ckptstore.integrations.transformers import StoreCallback
 
@@ -287,9 +289,39 @@ def refuse(channel: Channel, url: str) -> None:
     with pytest.raises(RuntimeError, match="no state today"):
         save_state(accelerator, store)
     assert store.names() == before
+    # Who resumes has taken over, and what was resumed from is kept.
+    for which, resume in enumerate(
+        (lambda owner: load_state(Accelerator(cpu=True), owner), lambda owner: StoreCallback(owner).newest(f"{url}-out"))
+    ):
+        place = f"{url}-{which}?keep_last=1"
+        older = Store(place)
+        with older.transaction(step=1) as tx:
+            tx.by = ("accelerate", "transformers")[which]
+            with tx.open("random_states_0.pkl") as file:
+                pickle.dump({"step": 0}, file)
+        newer = Store(place)
+        resume(newer)
+        with pytest.raises(Fenced):
+            older.save({}, step=2)
+        for step in (3, 4):
+            newer.save({}, step=step)
+        assert [c.step for c in newer.checkpoints()] == [1, 4]
+
     named = Accelerator(cpu=True, project_config=ProjectConfiguration(automatic_checkpoint_naming=True))
     with pytest.raises(UsageError, match="automatic_checkpoint_naming"):
         save_state(named, store)
+
+    # Ranks of which only some are on this host.
+    join(0, 1, f"{url}-meet")
+    os.environ.update(LOCAL_WORLD_SIZE="1", WORLD_SIZE="2")
+    accelerator = Accelerator(cpu=True)
+    for call in (save_state, load_state):
+        with pytest.raises(UsageError, match="give folder="):
+            call(accelerator, store)
+    save_state(accelerator, store, step=9, folder=os.path.dirname(url))
+    found = load_state(accelerator, store, folder=os.path.dirname(url))
+    assert found is not None
+    assert found.step == 9
     channel.send("refused")
 
 

@@ -342,6 +342,40 @@ def test_a_run_that_starts_over_is_warned_of(tmp_path: Path, warm: Nursery) -> N
     assert told(warm, start_over, str(tmp_path)) == ["warned"]
 
 
+def take_over(channel: Channel, folder: str) -> None:
+    """Resume: from then on an older job does nothing any more, and what was resumed from is kept."""
+    quietly()
+    import lightning.pytorch as pl
+
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+
+    url = f"{folder}/store?keep_last=1"
+    older = StoreCheckpointIO(url)
+    make_trainer("", folder, saver(folder, every_n_train_steps=3), io=older, max_steps=3).fit(make_model(), make_loader())
+
+    class Older(pl.Callback):
+        """Still runs when the new one has read nothing yet."""
+
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            with pytest.raises(Fenced):
+                older.save_checkpoint({"global_step": 4}, "late.ckpt")
+            channel.send("fenced")
+
+    newer = make_trainer(url, folder, Older(), saver(folder, every_n_train_steps=1), max_steps=7)
+    newer.fit(make_model(), make_loader(), ckpt_path="latest")
+    assert [c.step for c in Store(url, acquire=False).checkpoints()] == [3, 7]
+
+    # To evaluate is to take nothing over.
+    before = Store(url, acquire=False)._engine.log.head().record
+    make_trainer(url, folder).validate(make_model(), make_loader(), ckpt_path="latest", verbose=False)
+    assert Store(url, acquire=False)._engine.log.head().record == before
+    channel.send("kept")
+
+
+def test_a_resumed_run_owns_the_store(tmp_path: Path, warm: Nursery) -> None:
+    assert warm.start(take_over, str(tmp_path)).rest() == [["fenced"], ["kept"]]
+
+
 class Odd:
     """No plain value."""
 
@@ -762,6 +796,21 @@ def test_two_ranks_of_a_trainer(tmp_path: Path, warm: Nursery) -> None:
         assert mine[3] == theirs[3][3:]
         assert mine[4] == theirs[4]  # each rank has its own generators back
     assert end[0][4] != end[1][4]
+    # One rank goes on with what the two have left of the epoch. The generators of two are no use to it.
+    seen = [n for child in end for batch in child[3][-2:] for n in batch]
+    kind, rest = told(warm, alone, str(tmp_path / "store/store"), str(tmp_path))
+    assert kind == "warned"
+    assert sorted(seen + rest) == [*range(64)]
+
+
+def alone(channel: Channel, url: str, folder: str) -> None:
+    """Go on with what two ranks have saved."""
+    quietly()
+    warnings.simplefilter("always")
+    trainer, model = make_trainer(url, folder, max_epochs=2), make_model()
+    with pytest.warns(UserWarning, match="generators of 2 ranks were saved, and there are 1: not restored"):
+        trainer.fit(model, make_loader(), ckpt_path="latest")
+    channel.send("warned", [n for batch in model.seen for n in batch])
 
 
 @pytest.mark.soak

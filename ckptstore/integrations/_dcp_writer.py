@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import secrets
 import warnings
 import weakref
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ class _Place:
 
     id: str
     file: str
+    token: Any
+    """What the rank has sent with its plan, unless the planner lost it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class StoreWriter(StorageWriter):
         self._transaction: Transaction | None = None
         self._given_up: weakref.finalize[..., Any] | None = None
         self._id = ""
+        self._token = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_store": self._store, "_draft": self._draft}  # to a process that saves: nothing has begun
@@ -119,7 +123,8 @@ class StoreWriter(StorageWriter):
     @told
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """See `StorageWriter.prepare_local_plan`."""
-        return plan
+        self._token = secrets.token_hex(8)
+        return replace(plan, storage_data=self._token)
 
     @told
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -140,7 +145,9 @@ class StoreWriter(StorageWriter):
         self._given_up = weakref.finalize(self, engine.abandon, transaction.id)
         self._given_up.atexit = False
         return [
-            replace(plan, storage_data=_Place(transaction.id, f"__{rank}_0.distcp"))  # the names that torch uses
+            replace(
+                plan, storage_data=_Place(transaction.id, f"__{rank}_0.distcp", plan.storage_data)
+            )  # the names that torch uses
             for rank, plan in enumerate(plans)
         ]
 
@@ -150,6 +157,8 @@ class StoreWriter(StorageWriter):
         place = plan.storage_data
         if not isinstance(place, _Place):
             raise UsageError(f"{type(planner).__name__}.finish_plan lost the plan's storage_data, which says where to write")
+        if place.token not in (None, self._token):  # somebody's checkpoint may be there
+            raise UsageError(f"{type(planner).__name__} gave this rank the place of an earlier save")
         self._id = place.id
         done: Future[list[WriteResult]] = Future()
         done.set_result(list(self._write(place, plan.items, planner)) if plan.items else [])
