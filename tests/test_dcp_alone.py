@@ -254,7 +254,9 @@ class TestPlanners:
     @pytest.mark.parametrize("where", ["local", "memory", "shared"])  # a name that is taken is met at three different moments
     def test_a_rank_that_writes_to_the_place_of_an_earlier_save(self, tmp_path: Path, where: str) -> None:
         """What is there stays, and nothing is published."""
-        store = Store({"local": str(tmp_path), "memory": "memory://stale", "shared": f"shared://{tmp_path}/s?create=1"}[where])
+        url = {"local": str(tmp_path), "memory": "memory://stale", "shared": f"shared://{tmp_path}?create=1"}[where]
+        (tmp_path / "log").mkdir()  # or a disk of this machine would be refused
+        store = Store(url)
 
         class Stale(dcp.DefaultSavePlanner):
             place: Any = None

@@ -389,6 +389,18 @@ def test_slurm_queues_the_job_again(folder: Path, warm: Nursery) -> None:
         assert [c.id.split("-")[0] for c in store.checkpoints()][-1] == "e2"  # a job that starts again is a new owner
 
 
+def test_slurm_queues_a_job_again_that_could_not_listen_yet(folder: Path) -> None:
+    """Such as one that is still importing torch when its time is up."""
+    (folder / "train.py").write_text("import signal\nprint('importing 0', flush=True)\nsignal.pause()\n")
+    with Job(folder, ["bash", "job.sh"], SLURM_JOB_ID="77") as job:
+        job.wait_for("importing")
+        (trainer,) = job.trainers()
+        os.kill(trainer, signal.SIGUSR1)
+        code, said = job.end()
+    assert code == 128 + signal.SIGUSR1, said
+    assert (folder / "queued").read_text() == "requeue 77\n"
+
+
 @pytest.mark.soak
 def test_torchrun_passes_signals_on(folder: Path, warm: Nursery) -> None:
     ranks = [warm.start(run_script, str(folder), rank, 2) for rank in range(2)]
