@@ -181,15 +181,22 @@ def test_an_interrupt_at_every_moment(fast: Path, what: str, stride: int) -> Non
     place = fast / "store"
     with Store(place, owner="first") as store:
         save_parts(store, "latest", 0)
+    left = place / "data" / "e1-000000000000"  # by a job that was killed
+    left.mkdir()
+    (left / "a.bin").write_bytes(b"some bytes")
     store = Store(place, owner="job", keep_last=1)
     points = 0
     with evidence.experiment("an interrupt at every moment") as tally:
         for step in itertools.count(1):
             before = store.names()
-            if what == "acquire":
+            if what in ("acquire", "gc"):  # the one is made once, the other looks at more each time: always at the same
                 store.close()
+                if place != fast / "store":
+                    shutil.rmtree(place)
                 place = shutil.copytree(fast / "store", fast / str(step))
                 store = Store(place, owner="job")
+                if what == "gc":
+                    store.acquire()
             elif step % 50 == 0:  # what may have been committed fills the memory, until it never can be
                 store.close()
                 store = Store(place, owner=f"job {step}", keep_last=1)
@@ -207,6 +214,7 @@ def test_an_interrupt_at_every_moment(fast: Path, what: str, stride: int) -> Non
                         assert name == ("best" if what == "tag" else "latest")
                         assert found.checkpoint(name).step == (store.checkpoint("latest").step if what == "tag" else step)
             if not fired:
+                assert what != "gc" or not (place / "data" / left.name).exists()
                 break
             points += 1
             tally.strike()
