@@ -18,13 +18,17 @@ import torch
 
 from . import archive, rebuild, torchload
 from .archive import Record
+from .checkedfile import CheckedFile, checked_outline
 from .errors import NotFound, UsageError
 from .pages import LargePages
+from .protocol import LocalFiles
 from .reading import Piece, StoredFile
 from .rebuild import Hollow, NotPlain
 
 __all__ = ["NotPlain", "PlainFile", "is_cpu", "load", "load_tensors", "new_storage", "tensor_names", "writable"]
 
+_SMALL = 32 << 20
+"""Bytes of a file that may be held in memory besides what is made of it: it is read once then, not twice."""
 _WRITE = 0x200  # PyBUF_WRITE
 _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.restype = ctypes.py_object
@@ -34,7 +38,7 @@ _memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) -> Any:
     """Return what `torch.load` makes of a stored file, every byte checked.
 
-    Takes little more memory than the result, if the file is plain and stays on the CPU; else that of the file besides.
+    Takes little more memory than the result, if the file is in a folder, or is plain and stays on the CPU; else that of the file besides.
 
     Args:
         map_location, weights_only: as for `torch.load`.
@@ -49,7 +53,25 @@ def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) 
         return rebuild.fill(plain.value, plain.read(plain.tensors()))
     except NotPlain:
         pass
+    if file.entry.size > _SMALL and isinstance(file.backend, LocalFiles):
+        outline = checked_outline(file, name)
+        if outline is not None:
+            archive.judge(outline, file.entry.size, name)
+            return _load_checked(file, map_location, weights_only, name)
     return torchload.load(file.whole(), map_location=map_location, weights_only=weights_only, name=name)
+
+
+def _load_checked(file: StoredFile, map_location: Any, weights_only: bool, name: str) -> Any:
+    with CheckedFile(file) as source:
+        try:
+            result = torchload.load_open(source, map_location, weights_only, name)
+        except Exception as exc:
+            if source.failure is None:
+                raise
+            raise source.failure from exc
+        if source.failure is not None:
+            raise source.failure
+        return result
 
 
 def load_tensors(file: StoredFile, names: Sequence[str], *, weights_only: bool, name: str) -> dict[str, torch.Tensor]:

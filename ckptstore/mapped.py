@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import archive, rebuild, torchload
+from .checkedfile import checked_outline
 from .errors import UsageError
 from .loading import PlainFile, new_storage, writable
 from .pages import LargePages
@@ -68,13 +69,9 @@ def load(file: StoredFile, *, lazy: bool, map_location: Any, weights_only: bool,
 
 
 def _load_any(file: StoredFile, fd: int, lazy: bool, map_location: Any, weights_only: bool, name: str) -> Any:
-    outline = archive.outline(file.read, file.entry.size, name)
-    records = list(outline.records.values()) if outline else []
-    if not lazy or outline is None:
-        heads = [memoryview(bytearray(record.header_size)) for record in records]
-        file.fill([(record.header, head) for record, head in zip(records, heads, strict=True)])
-        if not all(record.fits(head) for record, head in zip(records, heads, strict=True)):
-            outline = None
+    outline = archive.outline(file.read, file.entry.size, name) if lazy else None
+    if outline is None:
+        outline = checked_outline(file, name)
     if outline is not None:
         archive.judge(outline, file.entry.size, name)
     else:
