@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from .errors import NotSerializable
-from .plaintensor import are_plain
+from .errors import ChangedWhileSaving, NotSerializable
+from .plaintensor import are_plain, have_attributes
 from .snapshot import refuse_parts
 from .unpicklable import refusal
 
@@ -28,36 +29,87 @@ _PROTOCOL = torch.serialization.DEFAULT_PROTOCOL
 class Capture:
     """The structure of `obj`, which `snapshot.to_state` has made, as it is now.
 
+    Args:
+        steady: ids of storages, over which no tensor changes, nor how it lies there, before `complete` has returned.
+
     Raises:
         NotSerializable: `torch.save` could not write it, or it has only a part of a DTensor; see `snapshot.refuse_parts`.
         Exception: whatever a ``__reduce__`` or ``__getstate__`` inside `obj` raised.
     """
 
-    def __init__(self, obj: Any) -> None:
+    def __init__(self, obj: Any, steady: AbstractSet[int] = frozenset()) -> None:
         # The training waits, perhaps with thousands of tensors. So what must be known of each is asked for all of them in one go,
         # without Python between one and the next, and only if one is not plain is each looked at before it is taken for a leaf.
+        # Of those that are steady it is asked later, by the thread that saves.
         tensors: list[torch.Tensor] = []
         bare: list[tuple[torch.UntypedStorage, torch.dtype | None]] = []
         self._structure = _pickled(obj, tensors, bare, careful=False)
-        if not are_plain(tensors):
+        plain = _storages_of(tensors, steady)
+        if plain is None:
             tensors, bare = [], []
             self._structure = _pickled(obj, tensors, bare, careful=True)
-        storages = [*map(torch.Tensor.untyped_storage, tensors), *(storage for storage, _ in bare)]
-        keys = list(map(id, storages))  # torch returns the same object for the same storage while one is alive, and here it is
-        unique = dict(zip(keys, storages, strict=True))
+            storages, steady = list(map(torch.Tensor.untyped_storage, tensors)), frozenset()
+            devices = set(map(_device, storages))
+        else:
+            storages, devices = plain
+        for storage, _ in bare:
+            storages.append(storage)
+            devices.add(storage.device)
+        self._keys = list(
+            map(id, storages)
+        )  # torch returns the same object for the same storage while one is alive, and here it is
+        unique = dict(zip(self._keys, storages, strict=True))
         self.storages = list(unique.values())
         """Each once. They are the live ones."""
         self.numbers = dict(zip(unique, range(len(unique)), strict=True))
         """The place of each in `storages`, by its id."""
-        self._behind = list(
-            map(self.numbers.__getitem__, keys)
-        )  # of those of the tensors, then of those that stand for themselves
-        self._layouts = [list(map(ask, tensors)) for ask in _LAYOUT]
+        self.devices = devices
+        """Where they are."""
+        self._tensors = tensors if steady else []
+        self._layouts = [] if steady else [list(map(ask, tensors)) for ask in _LAYOUT]
+        self._whole: dict[int, tuple[Capture, list[int]]] = {}
+        """Tensors that are told by more than how they lie, by their place, each with the numbers of its storages."""
+        self._behind: list[int] = []  # of those of the tensors, then of those that stand for themselves
         self._bare = [dtype for _, dtype in bare]
+
+    def complete(self) -> None:
+        """Take what is steady, and let go of all that is live. Call it while nobody has let go of the storages, and none has changed.
+
+        Raises:
+            ChangedWhileSaving: a tensor has another storage now.
+            NotSerializable: a tensor that is steady has memory of its own behind that.
+        """
+        if self._behind or not self._keys:
+            return
+        tensors, self._tensors = self._tensors, []
+        if tensors:
+            if list(map(id, map(torch.Tensor.untyped_storage, tensors))) != self._keys[: len(tensors)]:
+                raise ChangedWhileSaving(
+                    "a tensor was given other memory (.data = …) after save_async and before the next step, so nothing was published; "
+                    "do that before save_async or after the step, or save without optimizer="
+                )
+            if not are_plain(tensors):
+                self._take_whole(tensors)
+            self._layouts = [list(map(ask, tensors)) for ask in _LAYOUT]
+        self._behind = list(map(self.numbers.__getitem__, self._keys))
+        self.forget_live()
+
+    def _take_whole(self, tensors: list[torch.Tensor]) -> None:
+        for place, tensor in enumerate(tensors):
+            if not are_plain([tensor]):
+                whole = Capture(tensor)
+                numbers = [self.numbers[key] for key in map(id, whole.storages) if key in self.numbers]
+                if len(numbers) < len(whole.storages):
+                    raise NotSerializable(
+                        "a parameter, or a state of an optimizer, has several storages; save without optimizer="
+                    )
+                whole.complete()
+                self._whole[place] = whole, numbers
+                tensors[place] = torch.empty(0, device="cpu")  # nobody asks how it lies
 
     def forget_live(self) -> None:
         """Let go of the live storages: they have been copied, or somebody else holds them."""
-        self.storages, self.numbers = [], {}
+        self.storages = []
 
     def rebuild(self, copies: Sequence[torch.UntypedStorage]) -> Any:
         """Return an object that `torch.save` writes as it would have written the state, over `copies` of the storages.
@@ -65,16 +117,40 @@ class Capture:
         Raises:
             NotSerializable: something in it can be pickled, but not unpickled.
         """
-        behind = [copies[number] for number in self._behind]
-        count = len(behind) - len(self._bare)
-        tensors = zip(behind[:count], *self._layouts, strict=True)
-        bare = zip(behind[count:], self._bare, strict=True)
+        bare = ((copies[number], dtype) for number, dtype in zip(self._behind[-len(self._bare) :], self._bare, strict=True))
         try:
-            return _Unpickler(io.BytesIO(self._structure), tensors, bare).load()
+            return _Unpickler(io.BytesIO(self._structure), self._rebuilt(copies), bare if self._bare else iter(())).load()
         except Exception as exc:
             raise NotSerializable(f"something in the state can be pickled, but not loaded again: {exc}") from exc
 
+    def _rebuilt(self, copies: Sequence[torch.UntypedStorage]) -> Iterator[torch.Tensor]:
+        for place, (number, dtype, offset, shape, stride) in enumerate(zip(self._behind, *self._layouts)):  # noqa: B905  # bare ones follow
+            if place in self._whole:
+                whole, numbers = self._whole[place]
+                yield whole.rebuild([copies[n] for n in numbers])
+            else:
+                yield torch.empty(0, dtype=dtype, device="cpu").set_(copies[number], offset, shape, stride)
 
+
+def _storages_of(
+    tensors: Sequence[torch.Tensor], steady: AbstractSet[int]
+) -> tuple[list[torch.UntypedStorage], set[torch.device]] | None:
+    """Return the storage of each, and their devices; None if one is not plain.
+
+    Those over steady storages are only asked for what may change all the same.
+    """
+    try:
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+    except RuntimeError:  # some have none
+        return None
+    devices = set(map(_device, storages))
+    others = tensors if not steady else [t for t, storage in zip(tensors, storages, strict=True) if id(storage) not in steady]
+    if any(d.type not in ("cpu", "cuda") for d in devices) or have_attributes(tensors) or not are_plain(others):
+        return None
+    return storages, devices
+
+
+_device = attrgetter("device")
 _LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
     attrgetter("dtype"),
     torch.Tensor.storage_offset,
@@ -140,13 +216,12 @@ _TENSOR, _STORAGE = (_tensor, ()), (_storage, ())
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Iterator[tuple[Any, ...]], bare: Iterator[tuple[Any, ...]]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: Iterator[torch.Tensor], bare: Iterator[tuple[Any, ...]]) -> None:
         super().__init__(file)
 
         # Not methods: the unpickler remembers what it has looked up, and so would keep itself, and the copies with it.
         def tensor() -> Any:
-            copy, dtype, offset, shape, stride = next(tensors)
-            return torch.empty(0, dtype=dtype, device="cpu").set_(copy, offset, shape, stride)
+            return next(tensors)
 
         def storage() -> Any:
             copy, dtype = next(bare)

@@ -7,9 +7,9 @@ import mmap
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import nullcontext, suppress
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ _HUGE_PAGES, _WIPE_ON_FORK = 14, 18  # madvise(2); Python does not name the seco
 _PIECE = 1 << 23
 """Bytes that one thread copies before it looks for more."""
 
-_version = attrgetter("_version")  # as the notes on autograd tell of it
 _HOST = torch.device("cpu")
 
 _move_keeping_gil = ctypes.PyDLL(None).memmove
@@ -131,21 +130,30 @@ class HostCopy:
 
     Args:
         storages: what to copy; let go of once it is copied.
+        devices: where they are.
         later: the numbers of those that nobody will change without a `wait` before.
         checked: compare the checksum of what will be copied later with that of what is there now.
     """
 
-    def __init__(self, storages: Sequence[torch.UntypedStorage], buffers: Buffers, later: Sequence[int], checked: bool) -> None:
+    def __init__(
+        self,
+        storages: Sequence[torch.UntypedStorage],
+        devices: AbstractSet[torch.device],
+        buffers: Buffers,
+        later: Sequence[int],
+        checked: bool,
+    ) -> None:
         self._sources = list(storages)
         self._sizes = list(map(torch.UntypedStorage.nbytes, storages))
         self._starts, end = buffers.layout(self._sizes)
-        devices = {s.device for s in storages} - {_HOST}
+        devices = devices - {_HOST}
         self._locations: list[str | None] = [None] * len(storages)
         if devices:
             self._locations = [None if s.device == _HOST else torch.serialization.location_tag(s) for s in storages]
         self._streams = {device: _stream(device) for device in devices}
         self._later = later
-        self._now = sorted({*range(len(storages))} - {*later})
+        waiting = {*later}
+        self._now = [n for n in range(len(storages)) if n not in waiting]
         self._watched: tuple[Sequence[int | None], Sequence[torch.Tensor], Sequence[int]] = [], [], []
         self._complete = False
         self._over = threading.Lock()  # not an Event: see `workers`
@@ -155,9 +163,12 @@ class HostCopy:
         self._sums = {n: crc64nvme(_memory(self._sources[n])) for n in host}
         self._buffer = buffers.take(end, any(d.type == "cuda" for d in devices))
 
-    def watch(self, numbers: Sequence[int | None], tensors: Sequence[torch.Tensor]) -> None:
-        """Find out later whether torch has changed one of `tensors` before it was copied; `numbers` are those of their storages, if any."""
-        self._watched = numbers, tensors, list(map(_version, tensors))
+    def watch(self, numbers: Sequence[int | None], tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+        """Find out later whether torch has changed one of `tensors` before it was copied: whether its version is another then.
+
+        `numbers` are those of their storages, if any.
+        """
+        self._watched = numbers, tensors, versions
 
     def copy_now(self, helpers: Workers) -> None:
         """Copy what may change as soon as this returns, with as many threads as torch may use."""

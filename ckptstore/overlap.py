@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import UsageError
 from .hostcopy import HostCopy
 
-__all__ = ["Gate", "as_optimizers", "stable_tensors"]
+__all__ = ["Gate", "Stable", "as_optimizers", "stable_tensors"]
 
 
 def as_optimizers(given: Any) -> list[Optimizer]:
@@ -37,29 +38,42 @@ def as_optimizers(given: Any) -> list[Optimizer]:
     return found
 
 
-def stable_tensors(optimizers: Sequence[Optimizer]) -> tuple[Sequence[int], Sequence[torch.Tensor]]:
-    """Return the tensors that only a step of `optimizers` changes, parameters and optimizer state, and of each the id of its storage.
+class Stable(NamedTuple):
+    """Tensors that only a step of an optimizer changes."""
+
+    keys: Sequence[int] = ()
+    """The ids of their storages."""
+    tensors: Sequence[torch.Tensor] = ()
+    versions: Sequence[int] = ()
+    alive: Sequence[torch.UntypedStorage] = ()
+    """Their storages, and maybe more: while there are these objects, no other has such an id."""
+
+
+def stable_tensors(optimizers: Sequence[Optimizer]) -> Stable:
+    """Return the tensors that only a step of `optimizers` changes: parameters and optimizer state.
 
     Left out are those whose storage holds something else as well, what shares memory with a gradient, and everything if this is called
     inside a step (by a closure, for one).
     """
     if _inside_a_step(optimizers):
-        return (), ()
+        return Stable()
     # As in `capture`: the training waits, so one thing after the other is asked of all tensors at once.
-    tensors = list(_tensors(optimizers))
-    if not set(map(type, tensors)) <= _PLAIN or set(map(_layout, tensors)) - {torch.strided}:
-        tensors = [t for t in tensors if type(t) in _PLAIN and t.layout is torch.strided]
-    if any(map(torch.Tensor.is_inference, tensors)):
-        tensors = [t for t in tensors if not t.is_inference()]
-    storages = list(map(torch.Tensor.untyped_storage, tensors))
+    tensors = _tensors(optimizers)
+    if not set(map(type, tensors)) <= _PLAIN:
+        tensors = [t for t in tensors if type(t) in _PLAIN]
+    try:
+        storages, versions = list(map(_storage, tensors)), list(map(_version, tensors))
+    except RuntimeError:  # some are sparse, or inference tensors
+        tensors = [t for t in tensors if t.layout is torch.strided and not t.is_inference()]
+        storages, versions = list(map(_storage, tensors)), list(map(_version, tensors))
     keys, sizes = list(map(id, storages)), list(map(torch.UntypedStorage.nbytes, storages))
     others = _gradients(optimizers)
     if sizes != list(map(_nbytes, tensors)):
         others |= _partly_held(tensors, keys, sizes)
     if not others.isdisjoint(keys):
-        tensors = [t for t, key in zip(tensors, keys, strict=True) if key not in others]
-        keys = [key for key in keys if key not in others]
-    return keys, tensors
+        left = [i for i, key in enumerate(keys) if key not in others]
+        keys, tensors, versions = ([column[i] for i in left] for column in (keys, tensors, versions))  # type: ignore[assignment]
+    return Stable(keys, tensors, versions, storages)
 
 
 def _gradients(optimizers: Sequence[Optimizer]) -> set[int]:
@@ -77,21 +91,24 @@ def _partly_held(tensors: Sequence[torch.Tensor], keys: Sequence[int], sizes: Se
     return {key for key, parts in held.items() if sum(parts.values()) < whole[key] and whole[key] not in parts.values()}
 
 
-_layout, _nbytes = attrgetter("layout"), attrgetter("nbytes")
+_storage, _nbytes = torch.Tensor.untyped_storage, attrgetter("nbytes")
+_version = attrgetter("_version")  # as the notes on autograd tell of it
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 """Others may have their numbers elsewhere."""
 
 
-def _tensors(optimizers: Iterable[Optimizer]) -> Iterator[torch.Tensor]:
+def _tensors(optimizers: Iterable[Optimizer]) -> list[torch.Tensor]:
+    found: list[Any] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            yield from group["params"]
+            found += group["params"]
         for state in optimizer.state.values():
-            for value in state.values() if isinstance(state, dict) else ():
-                if isinstance(value, torch.Tensor):
-                    yield value
-                elif isinstance(value, (list, tuple)):  # LBFGS's history
-                    yield from (v for v in value if isinstance(v, torch.Tensor))
+            if isinstance(state, dict):
+                found += state.values()
+    if set(map(type, found)) <= _PLAIN:
+        return found
+    lists = [value for value in found if isinstance(value, (list, tuple))]  # LBFGS's history
+    return [value for value in chain(found, *lists) if isinstance(value, torch.Tensor)]
 
 
 def _inside_a_step(optimizers: Sequence[Optimizer]) -> bool:

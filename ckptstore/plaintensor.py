@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["are_plain", "reduction"]
+__all__ = ["are_plain", "have_attributes", "reduction"]
 
 _is_cpu = attrgetter("is_cpu")
 _dtype = attrgetter("dtype")
@@ -45,6 +45,11 @@ def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
         and not any(t.is_quantized or t.is_conj() for t in tensors if dtypes - _NUMBERS)
         and not any(any(map(exception, tensors)) for exception in _EXCEPTIONS)
     )
+
+
+def have_attributes(tensors: Sequence[torch.Tensor]) -> bool:
+    """Say whether the user has set an attribute of one of them."""
+    return any(map(_attributes, tensors))
 
 
 def reduction(tensor: torch.Tensor) -> Any:

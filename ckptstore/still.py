@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from .capture import Capture
 from .hostcopy import Buffers, HostCopy
-from .overlap import Gate, stable_tensors
+from .overlap import Gate, Stable, stable_tensors
 from .workers import Workers
 
 __all__ = ["Place", "Still"]
@@ -38,23 +38,24 @@ class Still:
     """
 
     def __init__(self, state: Any, optimizers: Sequence[Optimizer]) -> None:
-        self._capture = Capture(state)
+        self._stable = stable_tensors(optimizers) if optimizers else Stable()
+        self._capture = Capture(state, frozenset(self._stable.keys))
         self._optimizers = optimizers
+        self._live: Any = state  # let go of by the other thread: that takes a while, with thousands of tensors
         self._copy: HostCopy | None = None
         self._place: Place | None = None
 
     def copy(self, place: Place, checked: bool) -> None:
         """Copy what may change when this returns. The next step of an optimizer waits for the rest."""
-        keys, tensors = stable_tensors(self._optimizers) if self._optimizers else ((), ())
-        numbers = list(map(self._capture.numbers.get, keys))
+        stable = self._stable
+        numbers = list(map(self._capture.numbers.get, stable.keys))
         later = sorted({n for n in numbers if n is not None})
         self._place = place
-        copy = self._copy = HostCopy(self._capture.storages, place.buffers, later, checked)
+        copy = self._copy = HostCopy(self._capture.storages, self._capture.devices, place.buffers, later, checked)
         if later:
-            copy.watch(numbers, tensors)
+            copy.watch(numbers, stable.tensors, stable.versions)
             place.gate.close_for(copy, self._optimizers)
         copy.copy_now(place.helpers)
-        self._capture.forget_live()
 
     def finish_copy(self) -> None:
         """Copy the rest, and let the optimizers go on.
@@ -64,6 +65,8 @@ class Still:
         """
         assert self._copy is not None
         assert self._place is not None
+        self._live, self._stable = None, Stable()
+        self._capture.complete()
         self._copy.copy_rest()
         self._place.gate.open_for(self._copy)
         self._copy.check()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckptstore import NotSerializable, snapshot, torchfile
+from ckptstore import ChangedWhileSaving, NotSerializable, snapshot, torchfile
+from ckptstore.overlap import stable_tensors
 from ckptstore.still import Place, Still
 
 
@@ -136,6 +137,62 @@ def test_what_happens_to_the_numbers_later_does_not_matter(make: Callable[[], An
     if not isinstance(state["it"], torch.Tensor) or not state["it"].is_meta:
         assert written(state) != before or "empty" in str(state)
     assert written_later(still) == before
+
+
+def optimizer_of(value: Any) -> torch.optim.Optimizer:
+    """Return an optimizer that has `value`, a tensor or a list of them, in its state."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter])
+    optimizer.state[parameter]["value"] = value
+    return optimizer
+
+
+@pytest.mark.parametrize("make", STATES.values(), ids=STATES.keys())
+@pytest.mark.filterwarnings("ignore:.*(TypedStorage is deprecated|Sparse CSR tensor support|quantization|quantize|ComplexHalf)")
+def test_what_only_a_step_changes_makes_the_same_file(make: Callable[[], Any]) -> None:
+    state = {"it": make(), "other": torch.arange(5.0)}
+    optimizers = [state["it"]["optimizer"]] if isinstance(state["it"], dict) and "optimizer" in state["it"] else []
+    still = Still(snapshot.to_state(state), [*optimizers, optimizer_of(state["it"])])
+    still.copy(Place(), True)
+    before = written(state)
+    state["other"].zero_()
+    assert written_later(still) == before
+
+
+@pytest.mark.parametrize("state", ["requires grad", "negative view", "conjugate", "quantized"])
+@pytest.mark.filterwarnings("ignore:.*(quantization|quantize)")
+def test_what_is_told_by_more_than_how_it_lies_is_found_in_time(state: str) -> None:
+    it = STATES[state]()
+    memory = torch.empty(0, dtype=torch.uint8).set_(it.untyped_storage())
+    still = Still([it, it], [optimizer_of(memory)])  # its memory is known to be steady by another tensor
+    still.copy(Place(), False)
+    assert written_later(still) == written([it, it])
+
+
+def test_a_tensor_that_is_given_other_memory_before_it_was_copied_is_told() -> None:
+    tensor = torch.arange(3.0)
+    still = Still({"t": tensor}, [optimizer_of(tensor)])
+    still.copy(Place(), False)
+    tensor.data = torch.zeros(2, 2)
+    with pytest.raises(ChangedWhileSaving, match="before the next step"):
+        still.finish_copy()
+    still.drop()
+
+
+def test_attributes_are_those_of_the_call() -> None:
+    tensor = _with_attribute()
+    before = written([tensor])
+    still = Still([tensor], [optimizer_of(tensor)])
+    still.copy(Place(), False)
+    tensor.note.append("later")
+    assert written_later(still) == before
+
+
+def test_storages_that_are_seen_by_nobody_else_keep_their_place() -> None:
+    """The id of a storage is that of its Python object: what is alive no longer must not be taken for what came after it."""
+    parameter = torch.nn.Parameter(torch.ones(4))
+    stable = stable_tensors([torch.optim.SGD([parameter])])
+    assert stable.keys == [id(parameter.untyped_storage())] and stable.alive[0] is parameter.untyped_storage()
 
 
 def spoil_storages(state: Any) -> None:
