@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import resource
@@ -215,6 +216,7 @@ def resume_values(channel: Channel, rank: int, url: str) -> Any:
 
 def save_on_a_full_disk(channel: Channel, rank: int, url: str, bad_rank: int) -> Any:
     """Try to save on ranks one of which cannot write files of more than 64 KiB; then, with that mended, again."""
+    gc.disable()  # whose moment would be anybody's guess: what the first save leaves is cleared up because the second one looks for it
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if rank == bad_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from procs import Channel, Nursery
-from stores import unreadable
+from stores import store_on, unreadable
 
 from ckptstore import FallbackWarning, Store, WrongKind
 
@@ -234,8 +234,10 @@ def refuse(channel: Channel, url: str) -> None:
     from accelerate.utils import ProjectConfiguration
 
     from ckptstore import BackendError, CheckpointNotFound, Fenced, UsageError
+    from ckptstore.backends.local import LocalBackend
     from ckptstore.integrations.accelerate import load_state, save_state
     from ckptstore.integrations.transformers import StoreCallback
+    from ckptstore.testing import Fault, FaultyBackend
 
     model = Accelerator(cpu=True).prepare(torch.nn.Linear(2, 2))
     accelerator = Accelerator(cpu=True)
@@ -293,19 +295,28 @@ def refuse(channel: Channel, url: str) -> None:
     for which, resume in enumerate(
         (lambda owner: load_state(Accelerator(cpu=True), owner), lambda owner: StoreCallback(owner).newest(f"{url}-out"))
     ):
-        place = f"{url}-{which}?keep_last=1"
-        older = Store(place)
+        place = f"{url}-{which}"
+        older = Store(place, keep_last=1)
         with older.transaction(step=1) as tx:
             tx.by = ("accelerate", "transformers")[which]
             with tx.open("random_states_0.pkl") as file:
                 pickle.dump({"step": 0}, file)
-        newer = Store(place)
+
+        def try_to_save(older: Store = older) -> None:
+            with pytest.raises(Fenced):
+                older.save({}, step=2)
+
+        backend = FaultyBackend(LocalBackend.open(place, {}), [Fault("read_into", before=try_to_save)])  # before anything is read
+        newer = store_on(backend, keep_last=1)
         resume(newer)
-        with pytest.raises(Fenced):
-            older.save({}, step=2)
+        assert backend.calls["read_into"]
         for step in (3, 4):
             newer.save({}, step=step)
         assert [c.step for c in newer.checkpoints()] == [1, 4]
+        assert newer._engine.log.head().record.resumed == tx.checkpoint.id
+        found = newer._engine.log.head().record.entry(tx.checkpoint.id)
+        assert found is not None
+        assert found.verified  # every byte of it was read
 
     named = Accelerator(cpu=True, project_config=ProjectConfiguration(automatic_checkpoint_naming=True))
     with pytest.raises(UsageError, match="automatic_checkpoint_naming"):

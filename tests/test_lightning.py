@@ -345,28 +345,29 @@ def test_a_run_that_starts_over_is_warned_of(tmp_path: Path, warm: Nursery) -> N
 def take_over(channel: Channel, folder: str) -> None:
     """Resume: from then on an older job does nothing any more, and what was resumed from is kept."""
     quietly()
-    import lightning.pytorch as pl
-
     from ckptstore.integrations.lightning import StoreCheckpointIO
 
     url = f"{folder}/store?keep_last=1"
     older = StoreCheckpointIO(url)
     make_trainer("", folder, saver(folder, every_n_train_steps=3), io=older, max_steps=3).fit(make_model(), make_loader())
 
-    class Older(pl.Callback):
-        """Still runs when the new one has read nothing yet."""
+    class Newer(StoreCheckpointIO):
+        """Before it reads anything, nothing can be added any more."""
 
-        def on_fit_start(self, trainer: Any, module: Any) -> None:
+        def load_checkpoint(self, *arguments: Any, **more: Any) -> Any:
             with pytest.raises(Fenced):
                 older.save_checkpoint({"global_step": 4}, "late.ckpt")
             channel.send("fenced")
+            return super().load_checkpoint(*arguments, **more)
 
-    newer = make_trainer(url, folder, Older(), saver(folder, every_n_train_steps=1), max_steps=7)
+    newer = make_trainer("", folder, saver(folder, every_n_train_steps=1), io=Newer(url), max_steps=7)
     newer.fit(make_model(), make_loader(), ckpt_path="latest")
-    assert [c.step for c in Store(url, acquire=False).checkpoints()] == [3, 7]
+    kept = Store(url, acquire=False).checkpoints()
+    assert [c.step for c in kept] == [3, 7]
+    before = Store(url, acquire=False)._engine.log.head().record
+    assert before.resumed == kept[0].id
 
     # To evaluate is to take nothing over.
-    before = Store(url, acquire=False)._engine.log.head().record
     make_trainer(url, folder).validate(make_model(), make_loader(), ckpt_path="latest", verbose=False)
     assert Store(url, acquire=False)._engine.log.head().record == before
     channel.send("kept")
