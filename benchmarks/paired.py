@@ -115,6 +115,8 @@ def paired(
 ) -> dict[str, Any]:
     """Run all `ways` in turns, each round beginning with another, and return what came out, for `report`.
 
+    Every other round goes backwards, lest one way always get the memory that another has just freed, and yet another always new memory.
+
     Args:
         size: bytes that each run moves, so that rates can be told; 0 if that means nothing.
         warm: rounds before those that count.
@@ -123,7 +125,8 @@ def paired(
     names = list(todo)
     runs: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
     for turn in range(-warm, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        for name in order[:: 1 if turn % 2 else -1]:
             wall, cpu = _timed(todo[name])
             if turn >= 0:
                 runs[name]["wall"].append(wall)

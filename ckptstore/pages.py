@@ -2,7 +2,8 @@
 
 Memory that nobody has touched is provided page by page, as it is written to, which takes longer than to read the data. In pages of 2 MiB
 it takes next to nothing, while the kernel has such pages free. When it has not, it makes some, and whoever touches the memory waits: two
-seconds for a GiB where other memory had to be moved out of the way. So no more are asked for than are free.
+seconds for a GiB where other memory had to be moved out of the way. So no more are asked for than are free; and none where free pages may
+be the host's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _LARGE = 2 << 20
 _HUGEPAGE, _POPULATE_WRITE = 14, 23  # <asm-generic/mman-common.h>; Python does not name the second
 _WORTHWHILE = 4 << 20
 """Bytes from which on it pays to ask whether they are there: that takes as long as to read 20 KiB."""
+_DEVICES = Path("/sys/bus/virtio/devices")
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _quick = ctypes.PyDLL(None)  # keeps the GIL: it takes longer to get it back than to ask what is asked here
 if _libc is not None:
@@ -38,10 +40,22 @@ class LargePages:
         if _libc is None or size < _WORTHWHILE or _is_there(address + size // 2):
             return
         if self._left is None:
-            self._left = _free() // 4 * 3  # others want some too
+            self._left = 0 if _host_takes_free() else _free() // 4 * 3  # others want some too
         if end - first <= self._left:
             self._left -= end - first
             _libc.madvise(first, end - first, _HUGEPAGE)
+
+
+def _host_takes_free() -> bool:
+    """Say whether this is a virtual machine that gives its large free pages to its host: to have them back takes longer than all else.
+
+    So a GiB took up to two seconds, too, and small pages, which mostly come from smaller pieces that the host has not taken, half of one.
+    """
+    with suppress(OSError):
+        for device in _DEVICES.iterdir():  # a balloon, and its feature 5: virtio 1.3, section 5.5
+            if (device / "device").read_text().strip() == "0x0005" and (device / "features").read_text()[5:6] == "1":
+                return True
+    return False
 
 
 def _free() -> int:

@@ -33,6 +33,12 @@ def asked(address: int) -> bool:
     raise AssertionError("no such memory")
 
 
+@pytest.fixture(autouse=True)
+def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a machine whose memory is its own."""
+    monkeypatch.setattr(pages, "_host_takes_free", lambda: False)
+
+
 def test_no_more_large_pages_are_asked_for_than_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_free", lambda: 16 * MIB)  # of which others may want a quarter
     large = LargePages()
@@ -52,6 +58,24 @@ def test_memory_that_is_there_is_left_as_it_is() -> None:
     provide(view)
     assert not asked(address + 4 * MIB)
     assert view == bytes(range(256)) * (len(view) // 256)
+
+
+@pytest.mark.parametrize(
+    ("device", "features", "taken"),
+    [("0x0005", "011001", True), ("0x0005", "0110", False), ("0x0005", "011000", False), ("0x0002", "011001", False)],
+)
+def test_none_are_asked_for_where_they_may_be_the_hosts(
+    device: str, features: str, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "virtio0").mkdir()
+    (tmp_path / "virtio0" / "device").write_text(f"{device}\n")
+    (tmp_path / "virtio0" / "features").write_text(f"{features}\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(pages, "_DEVICES", tmp_path)
+    monkeypatch.setattr(pages, "_free", lambda: 16 * MIB)
+    view, address = new(8 * MIB)
+    LargePages().ask(address, len(view))
+    assert asked(address + 4 * MIB) is not taken
 
 
 def test_where_the_kernel_does_not_tell_none_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
