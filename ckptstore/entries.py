@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import overload
 
 from .checksum import sha256
@@ -38,6 +39,7 @@ BASE_FORMAT = 2
 """Format of bases, and of records that have one: who knows only format 1 would take such a record for the whole state."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEXADECIMAL = re.compile(r"[0-9a-f]*")
 _BASE = re.compile(r"[0-9]{12}-[0-9a-f]{12}")
 
 
@@ -90,6 +92,60 @@ def decode_entry(item: JSON) -> Entry:
         metrics={check_text(k): to_number(v) for k, v in item["metrics"].items()},
         verified=verified,
     )
+
+
+def _decode_all(items: Mapping[str, JSON]) -> dict[str, Entry]:
+    """Do as `decode_entry` for each of `items`, whose ids have been checked. A store may keep tens of thousands."""
+    values = list(items.values())
+    if not _all_common(values):
+        return {i: decode_entry(item) for i, item in items.items()}
+    found = {}
+    for checkpoint_id, item in items.items():
+        entry = found[checkpoint_id] = object.__new__(Entry)
+        # What its __init__ does, at a fifth of the time.
+        vars(entry).update(
+            id=checkpoint_id,
+            step=item["step"],
+            name=item["name"],
+            created=item["created"],
+            nbytes=item["nbytes"],
+            manifest=item["manifest"],
+            metrics=item["metrics"],
+            verified=item["verified"],
+        )
+    return found
+
+
+def _all_common(items: list[JSON]) -> bool:
+    """Say whether `decode_entry` takes all of `items` as they are; field by field, which takes a third of the time. If not, it may yet."""
+    if not items:
+        return True
+    try:
+        step, name, created, nbytes, manifest, metrics, verified = zip(*map(_FIELDS, items), strict=True)
+        steps = [one for one in step if one is not None] or [0]
+        for one in set(name):
+            check_name(one)
+        for one in {key for some in metrics for key in some}:
+            check_text(one)
+        return (
+            {*map(type, steps), *map(type, nbytes)} <= {int}
+            and {*map(type, created)} <= {float}
+            and {*map(type, metrics)} <= {dict}
+            and {type(value) for some in metrics for value in some.values()} <= {float}
+            and {*map(type, verified)} <= {bool, type(None)}
+            and min(steps) >= 0
+            and check_step(max(steps)) is not None
+            and to_time(min(created)) <= to_time(max(created))
+            and min(nbytes) >= 0
+            and check_count(max(nbytes)) >= 0
+            and {*map(len, manifest)} <= {64}
+            and _HEXADECIMAL.fullmatch("".join(manifest)) is not None
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, InvalidName):
+        return False
+
+
+_FIELDS = itemgetter("step", "name", "created", "nbytes", "manifest", "metrics", "verified")
 
 
 def new_base_name(n: int) -> str:
@@ -148,8 +204,10 @@ class Base:
         """Return all its checkpoints by their ids, oldest commit first."""
         if self._parsed is None:
             index = self._index()
+            known = {i: e for i, e in index.items() if isinstance(e, Entry)}
             with _damage(self.name):
-                self._parsed = {i: e if isinstance(e, Entry) else decode_entry(e) for i, e in index.items()}
+                decoded = _decode_all({i: e for i, e in index.items() if i not in known} if known else index)
+                self._parsed = {i: known[i] if i in known else decoded[i] for i in index} if known else decoded
             self._found = {**self._parsed}
         return self._parsed
 
@@ -161,7 +219,9 @@ class Base:
                 body = parse(body_of(data), "it")
                 if body["kind"] != "base" or body["name"] != self.name:
                     raise ValueError("it belongs to something else")
-                found = {check_id(item["id"]): item for item in body["checkpoints"]}
+                found = {item["id"]: item for item in body["checkpoints"]}
+                if not all(map(is_id, found)):
+                    raise InvalidName("a checkpoint id is malformed")
                 if len(found) != len(body["checkpoints"]):
                     raise ValueError("a checkpoint is listed twice")
             self._found = found

@@ -19,7 +19,7 @@ from ckptstore import Store, bases
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.bases import BASE_ENDS, Bases
 from ckptstore.checksum import sha256
-from ckptstore.entries import Base, Entries, Entry
+from ckptstore.entries import Base, Entries, Entry, _decode_all, decode_entry
 from ckptstore.envelope import seal
 from ckptstore.errors import BackendError, CheckpointNotFound, DamagedRecord, FallbackWarning, KeyMismatch, StorageFull
 from ckptstore.log import Log, slot_key
@@ -442,3 +442,33 @@ def test_gc_takes_from_the_log_what_can_be_of_no_use_any_more_and_nothing_else(e
     with store_on(backend, acquire=False) as tool:
         tool.gc()
     assert set(objects(backend)) == before | {*alive}
+
+
+VALUES: dict[str, list[object]] = {
+    "step": [None, 0, 10**18 - 1, 10**18, -1, 7.0, True, "7"],
+    "name": ["best", "..", "a/b", "e1-s1-0123456789ab", "", None, ["x"], "x" * 129],
+    "created": [1.5e9, 1_500_000_000, -7e10, 3e11, "nan", "1", None, True, 1e999],
+    "nbytes": [0, 2**63 - 1, 2**63, -1, 1.0, False, None],
+    "manifest": ["f" * 64, "F" * 64, "f" * 63, "f" * 63 + "\n", "g" * 64, None, ["f"] * 64, "f" * 128],
+    "metrics": [{}, {"a": 1.5}, {"a": 1}, {"a": "inf"}, {"a": "x"}, {"a": True}, {"a": None}, {"k" * 1025: 1.0}, [], ["a"], None],
+    "verified": [None, True, False, 0, 1, "yes", []],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in VALUES.items() for value in values])
+def test_thousands_of_entries_are_read_as_strictly_as_one(field: str, value: object) -> None:
+    plain = {"step": 3, "name": "latest", "created": 1.7e9, "nbytes": 5, "manifest": "0" * 64, "metrics": {"loss": 0.5}}
+    items = {i: {"id": i, **plain, "verified": None} for i in (f"e1-s3-{n:012x}" for n in range(5))}
+    last = list(items)[-1]
+    items[last][field] = value
+
+    def outcome(read: Callable[[], object]) -> object:
+        try:
+            return read()
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            return type(exc)
+
+    one = outcome(lambda: repr(decode_entry(items[last])))
+    assert outcome(lambda: repr(_decode_all(items)[last])) == one
+    del items[last][field]
+    assert outcome(lambda: _decode_all(items)) is KeyError

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import lru_cache
 
 from ..envelope import JSON
 
-__all__ = ["age", "compact", "count", "date", "metrics", "plural", "printable", "sampler", "size", "table"]
+__all__ = ["age", "aligned", "compact", "count", "date", "metrics", "plural", "printable", "sampler", "size", "table"]
 
 
 def printable(text: str) -> str:
@@ -44,10 +45,15 @@ def age(seconds: float) -> str:
     """Return a duration in its largest sensible unit, rounded down. Negative ones come from clocks that differ."""
     if seconds < 0:
         return "0 s" if seconds > -60 else "in the future"
-    for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48), ("days", 86400, 730)):
+    for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
         if seconds < length * limit:
             return f"{int(seconds // length)} {unit}"
-    return f"{count(int(seconds // (365 * 86400)))} years"
+    return _days(int(seconds // 86400))
+
+
+@lru_cache(1000)
+def _days(number: int) -> str:
+    return f"{number} days" if number < 730 else f"{count(number // 365)} years"
 
 
 def date(timestamp: float) -> str:
@@ -55,9 +61,9 @@ def date(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def metrics(values: dict[str, float]) -> str:
+def metrics(values: Mapping[str, float]) -> str:
     """Return metrics in one line."""
-    return "  ".join(f"{name}={value:.6g}" for name, value in values.items())
+    return "  ".join([f"{name}={value:.6g}" for name, value in values.items()])
 
 
 def compact(value: JSON) -> str:
@@ -82,9 +88,16 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
     Args:
         right: the columns that are aligned to the right.
     """
-    columns = []
-    for i, column in enumerate(zip(*rows, strict=True)):
+    return aligned(list(zip(*rows, strict=True)), right)
+
+
+def aligned(columns: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Do as `table`, for columns."""
+    shown: list[Sequence[str]] = []
+    pattern: list[str] = []
+    for i, column in enumerate(columns):
         if any(column[1:]):
-            width = max(map(len, column))
-            columns.append([text.rjust(width) if i in right else text.ljust(width) for text in column])
-    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)] if columns else [""] * len(rows)
+            shown.append(column)
+            pattern.append(f"%{'' if i in right else '-'}{max(map(len, column))}s")
+    line = "  ".join(pattern)
+    return [(line % row).rstrip() for row in zip(*shown, strict=True)] if shown else [""] * len(columns[0])

@@ -29,7 +29,8 @@ class Output:
     def say(self, text: str = "") -> None:
         """Print a text for people, whose line ends are kept."""
         if not self.as_json:
-            self._print("\n".join(map(printable, text.split("\n"))))
+            # All at once, for there may be tens of thousands of lines.
+            self._print(text if text.replace("\n", "").isprintable() else "\n".join(map(printable, text.split("\n"))))
 
     def fail(self, kind: str, message: str) -> None:
         """Report the error that ends the command; `kind` is its type's name."""
