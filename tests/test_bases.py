@@ -470,5 +470,7 @@ def test_thousands_of_entries_are_read_as_strictly_as_one(field: str, value: obj
 
     one = outcome(lambda: repr(decode_entry(items[last])))
     assert outcome(lambda: repr(_decode_all(items)[last])) == one
+    items[last]["of a later version"] = 1
+    assert outcome(lambda: repr(_decode_all(items)[last])) == one
     del items[last][field]
     assert outcome(lambda: _decode_all(items)) is KeyError
