@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import time
 import warnings
@@ -552,8 +553,10 @@ def late(channel: Channel) -> None:
     assert len({io.store.checkpoint(name).id for name in ("latest", "last")}) == 1
 
     # What fails late is raised by the next save, or at the end, and what it should have replaced stays.
-    for end in (lambda: io.save_checkpoint({"global_step": 5}, "e.ckpt"), io.teardown):
-        backend.plan[:] = [Fault("put_if_absent", 0, before=BackendError("the disk is gone"))]
+    ends = (lambda: io.save_checkpoint({"global_step": 5}, "e.ckpt"), io.teardown)
+    places = ("put_if_absent", "writer.write")  # the second lets other commits through
+    for where, end in itertools.product(places, ends):
+        backend.plan[:] = [Fault(where, 0, before=BackendError("the disk is gone"))]
         io.save_checkpoint({"global_step": 4, "w": weights}, "d.ckpt")
         io.remove_checkpoint("c.ckpt")
         with pytest.raises(BackendError, match="the disk is gone"):
