@@ -24,6 +24,7 @@ BENCHMARKS = {
     "save_memory": "memory that a save and a load take",
     "save": "a durable save beside the limit and beside others, on disk and in memory",
     "loading": "loads, resume and verify beside torch, which checks nothing",
+    "first_resume": "a resume in a new process beside torch, which checks nothing",
     "gil": "what a thread that only counts keeps of its speed while others save and load",
     "small_save": "a 4 KiB save beside temp file, fsync, replace, fsync directory",
     "async_save": "how long the training thread is blocked by a save in the background, and its memory",
