@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptstore
+from ckptstore.entries import Entries
 from ckptstore.errors import InvalidOption, UsageError
 from ckptstore.options import STORE_OPTIONS, split_options
 from ckptstore.record import EMPTY, Entry, Record
@@ -110,6 +112,24 @@ def test_rules_add_up() -> None:
 
 
 # --- what is kept whatever the rules say
+
+
+class Counted(Entries):
+    """Counts how many are looked at."""
+
+    seen = 0
+
+    def __iter__(self) -> Iterator[Entry]:
+        for entry in super().__iter__():
+            self.seen += 1
+            yield entry
+
+
+def test_of_thousands_that_are_kept_few_are_looked_at() -> None:
+    for names, keep in (("a", 997), ("ab", 497)):
+        entries = Counted([entry(i, name=names[i % len(names)]) for i in range(1000)])
+        assert len(expired(replace(EMPTY, checkpoints=entries), Retention(keep_last=keep))) == 1000 - keep * len(names)
+        assert entries.seen < 10
 
 
 def test_named_resumed_and_asked_for_are_kept() -> None:

@@ -26,6 +26,7 @@ from ckptstore import Store
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
     AlreadyExists,
+    BackendError,
     CheckpointNotFound,
     DamagedFile,
     Fenced,
@@ -1145,6 +1146,38 @@ def test_gc_collects_the_unfinished_names_of_finished_files(tmp_path: Path) -> N
         assert (found.ids, found.nbytes) == ((), 101)
         assert store.verify() == [] and litter(store) == []
         assert len(store.checkpoints()) == 2
+
+
+def test_gc_leaves_alone_the_unfinished_file_of_a_save_that_is_not_over(tmp_path: Path) -> None:
+    with store_on(LocalBackend(str(tmp_path))) as store, store_on(LocalBackend(str(tmp_path)), acquire=False) as tool:
+        write(store)
+        with store.transaction() as tx, tx.open("big") as file:
+            file.write(bytes(9 << 20))
+            unfinished = [i.key for i in tool._engine.backend.list(f"data/{tx.id}/") if i.key.endswith(".partial")]
+            assert len(unfinished) == 1
+            assert store.gc().keys == tool.gc().keys == ()
+            assert [i.key for i in tool._engine.backend.list(f"data/{tx.id}/")] == unfinished
+        assert store.verify() == []
+
+
+def test_gc_collects_what_was_retired_and_could_not_be_deleted_then(backend: Backend) -> None:
+    faulty = FaultyBackend(backend, [Fault("delete", 0, before=BackendError("not now"))])
+    with store_on(faulty, keep_last=1) as store:
+        old, new = write(store), write(store)
+        store._engine.settle()
+        assert folders(backend) == {old, new}
+        with store_on(backend, acquire=False) as anybody:
+            assert anybody.gc().ids == (old,)
+        assert folders(backend) == {new}
+
+
+def test_a_save_begins_when_what_was_retired_before_is_gone(backend: Backend) -> None:
+    slow = FaultyBackend(backend, [Fault("delete", 0, before=lambda: threading.Event().wait(0.2))])
+    with store_on(slow, keep_last=1) as store:
+        write(store)
+        new = write(store)
+        with store.transaction() as tx:
+            assert folders(backend) - {tx.id} == {new}
 
 
 # --- who may write
