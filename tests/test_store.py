@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from ckptstore.errors import (
     InvalidName,
     InvalidURL,
     NotFound,
+    NotSerializable,
     StoreNotFound,
     UnknownScheme,
     UsageError,
@@ -1178,6 +1180,26 @@ def test_a_save_begins_when_what_was_retired_before_is_gone(backend: Backend) ->
         new = write(store)
         with store.transaction() as tx:
             assert folders(backend) - {tx.id} == {new}
+
+
+class Part:
+    """What says of itself that each rank has a part of it, as a DTensor does."""
+
+    full_tensor = None
+    device_mesh = SimpleNamespace(size=lambda: 2)
+    placements = (SimpleNamespace(is_replicate=lambda: False),)
+
+
+def test_a_part_is_refused_before_anything_of_it_is_written(store: Store) -> None:
+    """Whoever catches the error, and goes on, commits what was complete."""
+    import torch.distributed.tensor
+
+    assert torch.distributed.tensor
+    with store.transaction() as tx:
+        with pytest.raises(NotSerializable, match=r"obj\['w'\] is a DTensor of which each rank has a part"):
+            tx.save({"w": Part()})
+        tx.save({"w": 1})
+    assert store.load() == {"w": 1}
 
 
 # --- who may write
