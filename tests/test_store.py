@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +40,7 @@ from ckptstore.errors import (
     StoreNotFound,
     UnknownScheme,
     UsageError,
+    WeightsOnlyWarning,
 )
 from ckptstore.naming import check_path, file_key
 from ckptstore.protocol import Backend
@@ -1200,6 +1203,22 @@ def test_a_part_is_refused_before_anything_of_it_is_written(store: Store) -> Non
             tx.save({"w": Part()})
         tx.save({"w": 1})
     assert store.load() == {"w": 1}
+
+
+def test_what_will_not_be_loaded_is_warned_about_when_it_is_saved(store: Store) -> None:
+    with store.transaction() as tx, pytest.warns(WeightsOnlyWarning, match=r"state.pt holds fractions\.Fraction, which only"):
+        tx.save({"a third": Fraction(1, 3)})
+    assert store.load(weights_only=False) == {"a third": Fraction(1, 3)}
+
+
+def test_random_generators_go_on_where_they_were(store: Store) -> None:
+    with store.transaction() as tx:
+        tx.save({"w": 1})
+        tx.save_rng()
+    first, numbers = random.random(), np.random.rand(3)
+    assert store.resume({"w": 0}) is not None
+    assert random.random() == first
+    assert (np.random.rand(3) == numbers).all()
 
 
 # --- who may write
