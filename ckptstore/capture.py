@@ -49,16 +49,16 @@ class Capture:
             tensors, bare = [], []
             self._structure = _pickled(obj, tensors, bare, careful=True)
             storages, steady = list(map(torch.Tensor.untyped_storage, tensors)), frozenset()
-            devices = set(map(_device, storages))
+            keys, devices = list(map(id, storages)), set(map(_device, storages))
         else:
-            storages, devices = plain
+            storages, keys, devices = plain
         for storage, _ in bare:
             storages.append(storage)
+            keys.append(id(storage))
             devices.add(storage.device)
-        self._keys = list(
-            map(id, storages)
-        )  # torch returns the same object for the same storage while one is alive, and here it is
-        unique = dict(zip(self._keys, storages, strict=True))
+        # torch returns the same object for the same storage while one is alive, and here it is.
+        self._keys = keys
+        unique = dict(zip(keys, storages, strict=True))
         self.storages = list(unique.values())
         """Each once. They are the live ones."""
         self.numbers = dict(zip(unique, range(len(unique)), strict=True))
@@ -134,8 +134,8 @@ class Capture:
 
 def _storages_of(
     tensors: Sequence[torch.Tensor], steady: AbstractSet[int]
-) -> tuple[list[torch.UntypedStorage], set[torch.device]] | None:
-    """Return the storage of each, and their devices; None if one is not plain.
+) -> tuple[list[torch.UntypedStorage], list[int], set[torch.device]] | None:
+    """Return the storage of each, the ids of these, and their devices; None if one is not plain.
 
     Those over steady storages are only asked for what may change all the same.
     """
@@ -143,11 +143,11 @@ def _storages_of(
         storages = list(map(torch.Tensor.untyped_storage, tensors))
     except RuntimeError:  # some have none
         return None
-    devices = set(map(_device, storages))
-    others = tensors if not steady else [t for t, storage in zip(tensors, storages, strict=True) if id(storage) not in steady]
+    keys, devices = list(map(id, storages)), set(map(_device, storages))
+    others = tensors if not steady else [t for t, key in zip(tensors, keys, strict=True) if key not in steady]
     if any(d.type not in ("cpu", "cuda") for d in devices) or have_attributes(tensors) or not are_plain(others):
         return None
-    return storages, devices
+    return storages, keys, devices
 
 
 _device = attrgetter("device")

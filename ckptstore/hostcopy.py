@@ -57,7 +57,9 @@ def _move_all(moves: Sequence[tuple[int, int, int]], helpers: Workers) -> None:
             for _ in range(min(helpers.count, torch.get_num_threads() - 1)):
                 helpers.begin(jobs, _move_each, queue)
         _move_each(queue)
-        _move_each(move for move in moves if move[2] < _SHORT)
+        for to, source, size in moves:
+            if size < _SHORT:
+                _move_keeping_gil(to, source, size)
         for job in jobs:
             job.result()
     finally:
