@@ -193,6 +193,23 @@ def test_beside_an_owner_nothing_is_written_without_a_create_if_absent() -> None
     assert objects(backend) == before
 
 
+def test_a_fenced_job_is_told_so_whatever_its_commit_met() -> None:
+    inner = new_memory()
+    faulty = FaultyBackend(inner)
+    old = store_on(faulty)
+    write(old)
+
+    def overtaken() -> None:
+        store_on(inner).acquire()
+        faulty.plan.append(Fault("get", faulty.calls["get"] + 1, before=BackendError("nor can it be read who took the slot")))
+        raise BackendError("no space left")
+
+    faulty.plan.append(Fault("put_if_absent", faulty.calls["put_if_absent"] + 1, before=overtaken))
+    with pytest.raises(Fenced) as caught:
+        old.tag("best", "latest")
+    assert "no space left" in str(caught.value.__cause__)
+
+
 def test_a_probe_without_an_answer_is_made_again() -> None:
     faulty = FaultyBackend(new_memory(), [Fault("put_if_absent", 1, before=BackendError("not now"))])
     faulty.capabilities = replace(faulty.capabilities, probe=True)
