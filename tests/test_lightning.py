@@ -382,6 +382,31 @@ class Odd:
     """No plain value."""
 
 
+def accumulate(channel: Channel, folder: str) -> None:
+    """Be stopped between the two batches of a step, right after a resume: what is there is still the step before."""
+    quietly()
+    import lightning.pytorch as pl
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if index == 5:
+                raise KeyError("stopped")
+
+    url = f"{folder}/store"
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_val_batches": 0}
+    saves = {"every_n_train_steps": 1, "save_last": True}
+    make_trainer(url, folder, saver(folder, **saves), max_steps=2, **options).fit(make_model(), make_loader())
+    before = Store(url, acquire=False).checkpoint().id
+    with pytest.raises(KeyError, match="stopped"):
+        make_trainer(url, folder, Stop(), saver(folder, **saves), **options).fit(make_model(), make_loader(), ckpt_path="latest")
+    assert Store(url, acquire=False).checkpoint().id == before
+    channel.send("not saved")
+
+
+def test_nothing_is_saved_between_the_batches_of_a_step(tmp_path: Path, warm: Nursery) -> None:
+    assert told(warm, accumulate, str(tmp_path)) == ["not saved"]
+
+
 def trust(channel: Channel, folder: str) -> None:
     """Load what is no plain value, as its writer is trusted, or not."""
     quietly()

@@ -315,6 +315,12 @@ class ExactResume(_Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch, before `ModelCheckpoint`, which Lightning calls last, may save."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            # Nothing has been stepped on, but after a resume `ModelCheckpoint` does not know that this step is saved. Saved again now,
+            # it would be gone on with from the middle of its batches, without the gradients of those before.
+            for saver in trainer.checkpoint_callbacks:
+                if getattr(saver, "_every_n_train_steps", 0):
+                    saver._last_global_step_saved = trainer.global_step
         sampler = _sampler(trainer)
         if sampler is not None:
             sampler.advance(min(_count_of(trainer, sampler), sampler._left(sampler.consumed)))
