@@ -24,6 +24,7 @@ MAY_IMPORT_TORCH = {
     "loading",
     "mapped",
     "overlap",
+    "plaintensor",
     "rebuild",
     "rng",
     "sampler",
