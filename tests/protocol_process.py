@@ -228,9 +228,9 @@ class Turn:
 
     def deletions_done(self) -> None:
         p = self.p
+        if not p.failed and p.change not in ("save", "prune"):  # all that was retired then is gone
+            self.set(deleted=tuple(sorted({*p.deleted, *self.record(p.head).retired})))
         if p.op == "gc":
-            if not p.failed:
-                self.set(deleted=tuple(sorted({*p.deleted, *self.record(p.head).retired})))
             self.end("failed" if p.failed else "done")
         elif p.change in ("save", "prune"):
             self.end("done")
