@@ -451,7 +451,7 @@ def test_an_interrupt_while_waiting_or_copying(valve: Valve, monkeypatch: pytest
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hostcopy, "_move", interrupted)
+    monkeypatch.setattr(hostcopy, "_move_all", interrupted)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
     with pytest.raises(KeyboardInterrupt):
         store.save_async({**state(3), "o": optimizer}, optimizer=optimizer)
