@@ -18,7 +18,7 @@ from ckptstore.protocol import Capabilities, PartWriter
 __all__ = ["LocalBackend"]
 
 _SMALL = 1 << 20
-"""Bytes."""
+"""Bytes: a file that is not longer takes no time worth saving to be written to the disk by its flush."""
 _BATCH = 8 << 20
 """Bytes: after so many, what was written is sent on its way to the disk."""
 _GRAIN = 1 << 20
@@ -147,10 +147,10 @@ class _LocalWriter(FolderWriter[LocalBackend]):
     def _write(self, offset: int, data: memoryview) -> None:
         """Write, and have the disk begin while the next bytes are hashed and written: the flush then waits for little."""
         super()._write(offset, data)
-        self._waiting += len(data)
+        self._waiting += data.nbytes
         if self._waiting >= _BATCH:
             self._waiting = 0
-            start_writeback(self._new.fd, (offset + len(data)) // _GRAIN * _GRAIN)
+            start_writeback(self._new.fd, (offset + data.nbytes) // _GRAIN * _GRAIN)
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`.

@@ -371,6 +371,14 @@ def test_a_second_file_uses_the_folder_that_the_first_has_open(
     assert set(os.listdir("/dev/fd")) == before
 
 
+def test_a_part_may_have_any_format_and_no_dimension(backend: LocalBackend) -> None:
+    writer = backend.open_writer("data/a/1")
+    writer.write(0, memoryview(b"12345678").cast("d"), 0)
+    writer.write(8, memoryview(b"9").cast("c", shape=[]), 1)
+    writer.finish()
+    assert backend.get("data/a/1", 99) == b"123456789"
+
+
 def test_a_second_file_makes_a_folder_anew_that_was_removed(backend: LocalBackend) -> None:
     first = _begin(backend, "data/a/1")
     backend.delete(["data/a/1"])
