@@ -25,7 +25,7 @@ _PROTOCOL = (
     "test_lost_answers.py",
 )
 _FOLDER = ("test_local.py", "test_local_flushes.py", "test_conformance.py", "test_hostile.py", "test_damage.py")
-_FORMAT = ("test_store.py", "test_hmac.py", "test_forged.py", "test_damage.py", "test_fuzz.py", "test_log.py")
+_FORMAT = ("test_envelope.py", "test_store.py", "test_hmac.py", "test_forged.py", "test_damage.py", "test_fuzz.py", "test_log.py")
 _SHARED = (
     "test_shared.py",
     "test_shared_answers.py",
