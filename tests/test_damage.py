@@ -305,6 +305,19 @@ def test_whoever_wrote_the_damaged_record_is_fenced(root: Path) -> None:
     assert loaded(root) == 9
 
 
+def test_a_damaged_record_is_passed_over_by_another_process_of_the_same_owner(tmp_path: Path) -> None:
+    """It need not acquire what it owns, but could not save behind that record."""
+    with Store(tmp_path, owner="launch") as first:
+        save(first, 1)
+        save(first, 2)
+    spoil(tmp_path / slot_key(3))
+    with Store(tmp_path, owner="launch") as again:
+        with pytest.warns(FallbackWarning, match="record 3 is damaged.*going on from commit record 2"):
+            again.acquire()
+        save(again, 3)
+    assert loaded(tmp_path) == 3
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_record_of_a_young_store_is_damaged(tmp_path: Path, count: int) -> None:
     store = Store(tmp_path)
