@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "MIB", "SIZE", "Target", "Way", "extra_memory", "figure", "large", "machine", "many", "nbytes", "paired", "places", "report",
+    "MIB", "SIZE", "Target", "Way", "blocks", "extra_memory", "figure", "large", "machine", "many", "nbytes", "paired", "places", "report",
     "spread", "summary",
 ]  # fmt: skip
 
@@ -47,21 +47,27 @@ def large(size: int = SIZE) -> dict[str, torch.Tensor]:
     return {f"layer{i}": torch.rand(size // 32 // 4) for i in range(32)}
 
 
+def blocks(size: int = SIZE) -> torch.nn.Module:
+    """Return a model like a ResNet, whose state is `size` bytes with that of an Adam: see `many`."""
+    from torch import nn
+
+    scale = (size / (1 << 30)) ** 0.5
+    widths = [64, 128, 256, 512, 1216, 1296, 1216, 1408, 1448, 1448]
+    found = []
+    for i in range(80):
+        width = max(1, round(widths[i % len(widths)] * scale))
+        found.append(nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)))
+    return nn.Sequential(*found)
+
+
 def many(size: int = SIZE) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Return a model like a ResNet, and an Adam that has made a step: 1200 tensors of 4 B to 8 MiB, `size` bytes together (for 1 GiB).
 
     80 blocks of a convolution and its normalisation, six tensors each in the model and nine in the optimizer (`step`, and two moments).
     """
     import torch
-    from torch import nn
 
-    scale = (size / (1 << 30)) ** 0.5
-    widths = [64, 128, 256, 512, 1216, 1296, 1216, 1408, 1448, 1448]
-    blocks = []
-    for i in range(80):
-        width = max(1, round(widths[i % len(widths)] * scale))
-        blocks.append(nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width)))
-    model = nn.Sequential(*blocks)
+    model = blocks(size)
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.rand_like(parameter)
