@@ -175,6 +175,27 @@ def test_every_value_replaced_by_every_odd_one(
     assert refused > accepted
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        (0, ("checkpoints",), {}),
+        (0, ("retired",), {}),
+        (0, ("spared",), ""),
+        (1, ("files", 0, "remote"), 7),
+        (1, ("files", 0, "remote"), ["crc64nvme", "x"]),
+        (1, ("files", 0, "crc"), "0"),
+        (1, ("files", 0, "crc"), "0" * 17),
+        (1, ("files", 0, "chunks", 0, 1), "0"),
+    ],
+)
+def test_what_could_pass_for_the_right_kind_of_value(kind: int, path: tuple[Any, ...], value: Any) -> None:
+    body, read, error = CODECS[kind]
+    if path == ("checkpoints",):
+        body = {**body, "names": {}}
+    with pytest.raises(error):
+        read(changed(body, path, value))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
