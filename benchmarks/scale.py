@@ -18,7 +18,7 @@ from paired import Target, paired, places, report
 
 from ckptstore import Store
 from ckptstore.checksum import sha256
-from ckptstore.entries import Entry
+from ckptstore.entry import Entry
 from ckptstore.log import slot_key
 from ckptstore.naming import new_id
 from ckptstore.record import Record, encode, encode_tombstone

@@ -11,132 +11,22 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
 from functools import cached_property
-from operator import itemgetter
 from typing import overload
 
 from .checksum import sha256
-from .envelope import JSON, body_of, dumps, from_number, parse, seal, to_number, to_time
+from .entry import Entry, decode_all, decode_entry
+from .envelope import JSON, body_of, in_pieces, parse, seal
 from .errors import Damaged, DamagedRecord, InvalidName
-from .naming import check_name, check_step, is_id
+from .naming import are_ids
 
-__all__ = [
-    "BASE_FORMAT",
-    "Base",
-    "Entries",
-    "Entry",
-    "check_base",
-    "check_count",
-    "check_digest",
-    "check_id",
-    "check_text",
-    "decode_entry",
-    "new_base_name",
-]
+__all__ = ["BASE_FORMAT", "Base", "Entries", "check_base", "new_base_name"]
 
 BASE_FORMAT = 2
 """Format of bases, and of records that have one: who knows only format 1 would take such a record for the whole state."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_HEXADECIMAL = re.compile(r"[0-9a-f]*")
 _BASE = re.compile(r"[0-9]{12}-[0-9a-f]{12}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One committed checkpoint, as records know it."""
-
-    id: str
-    step: int | None
-    name: str
-    """The name it was saved under; names may have moved on since."""
-    created: float
-    """Seconds since 1970 by the writer's clock; for people, nothing depends on it."""
-    nbytes: int
-    """Bytes of all its files, without the manifest."""
-    manifest: str
-    """SHA-256 of its manifest's bytes."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    verified: bool | None = None
-    """True: read back whole since it was saved. False: last found damaged. None: not read back yet."""
-
-    @cached_property
-    def json(self) -> str:
-        """The JSON of this entry, made once: most entries of a record were in the one before."""
-        item = {
-            "id": self.id,
-            "step": self.step,
-            "name": self.name,
-            "created": self.created,
-            "nbytes": self.nbytes,
-            "manifest": self.manifest,
-            "metrics": {k: from_number(v) for k, v in self.metrics.items()},
-            "verified": self.verified,
-        }
-        return dumps(item)
-
-
-def decode_entry(item: JSON) -> Entry:
-    """Undo `Entry.json`, trusting nothing. Raises KeyError, TypeError, ValueError or AttributeError."""
-    verified = item["verified"]
-    if verified is not None and not isinstance(verified, bool):
-        raise ValueError("verified is neither true, false nor null")
-    return Entry(
-        id=check_id(item["id"]),
-        step=check_step(item["step"]),
-        name=check_name(item["name"]),
-        created=to_time(item["created"]),
-        nbytes=check_count(item["nbytes"]),
-        manifest=check_digest(item["manifest"]),
-        metrics={check_text(k): to_number(v) for k, v in item["metrics"].items()},
-        verified=verified,
-    )
-
-
-def _decode_all(items: Mapping[str, JSON]) -> dict[str, Entry]:
-    """Do as `decode_entry` for each of `items`, whose ids have been checked. A store may keep tens of thousands."""
-    values = list(items.values())
-    if not _all_common(values):
-        return {i: decode_entry(item) for i, item in items.items()}
-    found, new = {}, object.__new__
-    for checkpoint_id, item in items.items():
-        entry = found[checkpoint_id] = new(Entry)
-        vars(entry).update(item)  # what its __init__ does, at a tenth of the time: these fields, and no others
-    return found
-
-
-def _all_common(items: list[JSON]) -> bool:
-    """Say whether `decode_entry` takes all of `items` as they are; field by field, which takes a third of the time. If not, it may yet."""
-    if not items:
-        return True
-    try:
-        step, name, created, nbytes, manifest, metrics, verified = zip(*map(_FIELDS, items), strict=True)
-        steps = [one for one in step if one is not None] or [0]
-        for one in set(name):
-            check_name(one)
-        for one in {key for some in metrics for key in some}:
-            check_text(one)
-        return (
-            {*map(len, items)} == {len(fields(Entry))}
-            and {*map(type, steps), *map(type, nbytes)} <= {int}
-            and {*map(type, created)} <= {float}
-            and {*map(type, metrics)} <= {dict}
-            and {type(value) for some in metrics for value in some.values()} <= {float}
-            and {*map(type, verified)} <= {bool, type(None)}
-            and min(steps) >= 0
-            and check_step(max(steps)) is not None
-            and to_time(min(created)) <= to_time(max(created))
-            and min(nbytes) >= 0
-            and check_count(max(nbytes)) >= 0
-            and {*map(len, manifest)} <= {64}
-            and _HEXADECIMAL.fullmatch("".join(manifest)) is not None
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidName):
-        return False
-
-
-_FIELDS = itemgetter("step", "name", "created", "nbytes", "manifest", "metrics", "verified")
 
 
 def new_base_name(n: int) -> str:
@@ -197,7 +87,7 @@ class Base:
             index = self._index()
             known = {i: e for i, e in index.items() if isinstance(e, Entry)}
             with _damage(self.name):
-                decoded = _decode_all({i: e for i, e in index.items() if i not in known} if known else index)
+                decoded = {e.id: e for e in decode_all([e for e in index.values() if not isinstance(e, Entry)])}
                 self._parsed = {i: known[i] if i in known else decoded[i] for i in index} if known else decoded
             self._found = {**self._parsed}
         return self._parsed
@@ -211,12 +101,33 @@ class Base:
                 if body["kind"] != "base" or body["name"] != self.name:
                     raise ValueError("it belongs to something else")
                 found = {item["id"]: item for item in body["checkpoints"]}
-                if not all(map(is_id, found)):
+                if not are_ids(found):
                     raise InvalidName("a checkpoint id is malformed")
                 if len(found) != len(body["checkpoints"]):
                     raise ValueError("a checkpoint is listed twice")
             self._found = found
         return self._found
+
+    def passing(self) -> Iterator[Sequence[Entry]]:
+        """Yield all its checkpoints, oldest commit first, some hundreds at a time; none are kept, unless they were before.
+
+        Memory that is used again and again is faster by far than new memory, of which tens of thousands of checkpoints take much.
+        """
+        done = set[str]()
+        if self._found is None:
+            assert self.read is not None
+            with suppress(KeyError, TypeError, ValueError, AttributeError, RecursionError, Damaged):
+                number = 0
+                for items in in_pieces(self.read(), {"kind": "base", "name": self.name}, "checkpoints", BASE_FORMAT):
+                    some = decode_all(items)
+                    number += len(some)
+                    done.update([e.id for e in some])
+                    if len(done) != number:
+                        break  # one is listed twice
+                    yield some
+                else:
+                    return
+        yield [e for i, e in self.entries().items() if i not in done]  # which also says what is wrong
 
 
 class _damage:
@@ -324,6 +235,18 @@ class Entries(Sequence[Entry]):
             return (*old.values(), *new)
         return (*(self.own.get(i, e) for i, e in old.items() if i not in self.gone), *new)
 
+    def passing(self) -> Iterator[Sequence[Entry]]:
+        """Yield all, oldest commit first, some at a time, for who looks at each once: see `Base.passing`."""
+        if self.base is None or "_all" in vars(self):
+            yield self._all
+            return
+        new = dict(self.own)
+        changed = self.gone | new.keys()
+        for some in self.base.passing():
+            same = changed.isdisjoint([e.id for e in some])
+            yield some if same else [new.pop(e.id, e) for e in some if e.id not in self.gone]
+        yield [*new.values()]
+
     def __len__(self) -> int:
         return len(self._all)
 
@@ -351,34 +274,6 @@ class Entries(Sequence[Entry]):
 
     def __repr__(self) -> str:
         return f"Entries({len(self)})"
-
-
-def check_count(value: JSON) -> int:
-    """Return a whole number of at most 63 bits. Raises ValueError for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise ValueError("a number is out of range")
-    return value
-
-
-def check_text(value: JSON) -> str:
-    """Return a text of at most 1024 characters. Raises ValueError for anything else."""
-    if not isinstance(value, str) or len(value) > 1024:
-        raise ValueError("a text is missing or too long")
-    return value
-
-
-def check_digest(value: JSON) -> str:
-    """Return a SHA-256 in hexadecimal. Raises ValueError for anything else."""
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError("a SHA-256 is malformed")
-    return value
-
-
-def check_id(value: JSON) -> str:
-    """Return the id of a checkpoint. Raises `InvalidName` for anything else."""
-    if not isinstance(value, str) or not is_id(value):
-        raise InvalidName("a checkpoint id is malformed")
-    return value
 
 
 def check_base(value: JSON) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,20 @@ from .checksum import sha256
 from .errors import Damaged, Forged, KeyMismatch, NewerFormat, UsageError
 from .key import HOW, Key
 
-__all__ = ["FORMAT", "JSON", "body_of", "check_json", "dumps", "from_number", "parse", "seal", "to_number", "to_time", "unseal"]
+__all__ = [
+    "FORMAT",
+    "JSON",
+    "body_of",
+    "check_json",
+    "dumps",
+    "from_number",
+    "in_pieces",
+    "parse",
+    "seal",
+    "to_number",
+    "to_time",
+    "unseal",
+]
 
 FORMAT = 2
 """Newest version of records and manifests that this library reads."""
@@ -33,6 +46,7 @@ JSON = Any
 
 _HEAD, _MAC, _MIDDLE, _TAIL = b'{"sha256":"', b'","hmac":"', b'","body":', b"}\n"
 _DIGITS = 64
+_START = len(_HEAD) + _DIGITS + len(_MIDDLE)  # of the body, where there is no HMAC
 
 
 def seal(
@@ -91,12 +105,12 @@ def unseal(data: bytes, what: str, key: Key | None = None) -> dict[str, JSON]:
     return parse(body, what)
 
 
-def body_of(data: bytes) -> bytes:
+def body_of(data: bytes) -> memoryview:
     """Return the body of an envelope without HMAC whose bytes are known to be right, because the SHA-256 of them all is."""
-    return data[len(_HEAD) + _DIGITS + len(_MIDDLE) : -len(_TAIL)]
+    return memoryview(data)[_START : -len(_TAIL)]
 
 
-def parse(body: bytes, what: str) -> dict[str, JSON]:
+def parse(body: bytes | memoryview, what: str) -> dict[str, JSON]:
     """Read a body whose bytes have been checked.
 
     Raises:
@@ -104,7 +118,7 @@ def parse(body: bytes, what: str) -> dict[str, JSON]:
         NewerFormat
     """
     try:
-        value = json.loads(body, parse_constant=_refuse)
+        value = _loads(str(body, "ascii"))
     except RecursionError:
         frame, depth = sys._getframe(), 0
         while frame.f_back is not None:
@@ -125,8 +139,37 @@ def parse(body: bytes, what: str) -> dict[str, JSON]:
     return value
 
 
+def in_pieces(data: bytes, others: dict[str, JSON], name: str, version: int) -> Iterator[list[JSON]]:
+    """Read an envelope without HMAC, whose bytes are known to be right and its body made of the fields `others` and of `name`.
+
+    That is a long list of objects, of which some hundreds are yielded at a time.
+
+    Raises:
+        ValueError: it has other fields, or is no JSON, or only not the way `seal` makes it.
+        RecursionError
+    """
+    before, after = _object({"format": version, **others}, {name: "[\n]"}).encode().split(b"\n")
+    start, end = _START + len(before), len(data) - len(after) - len(_TAIL)
+    first, colon, _ = data[start : start + 1000].partition(b":")
+    if not (data.startswith(before, _START) and data.endswith(after + _TAIL) and first.startswith(b'{"') and colon):
+        raise ValueError("not as it is written here")
+    between = b"},%b:" % first  # stands in no string: a quotation mark that does has a backslash before it
+    while start < end:
+        cut = data.find(between, start + _PIECE, end)
+        cut = end if cut < 0 else cut + 1
+        yield _loads(f"[{str(data[start:cut], 'ascii')}]")
+        start = cut + 1
+
+
+_PIECE = 1 << 15
+"""Bytes that are read at a time, or some more."""
+
+
 def _refuse(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
+
+
+_loads = json.JSONDecoder(parse_constant=_refuse).decode
 
 
 def check_json(value: object, what: str) -> JSON:

@@ -74,9 +74,10 @@ class FolderBackend:
             try:
                 if size > limit:
                     raise BackendError(errno.EFBIG, f"{size} bytes long, more than the {limit} that belong here", self._path(key))
-                buffer = bytearray(size)
-                got = read_full(fd, 0, memoryview(buffer))
-                return bytes(memoryview(buffer)[:got])
+                data = os.pread(fd, size, 0)
+                while len(data) < size and (more := os.pread(fd, size - len(data), len(data))):
+                    data += more
+                return data
             finally:
                 close_read(fd)
 

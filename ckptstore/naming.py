@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 import re
 import secrets
+from collections.abc import Iterable
 
 from .errors import InvalidName
 
 __all__ = [
     "DATA",
     "MANIFEST",
+    "are_ids",
     "check_name",
     "check_path",
     "check_step",
@@ -69,6 +71,11 @@ def new_id(epoch: int, step: int | None) -> str:
 def is_id(text: str) -> bool:
     """Say whether `text` has the shape of a checkpoint id."""
     return _ID.fullmatch(text) is not None
+
+
+def are_ids(texts: Iterable[str]) -> bool:
+    """Say whether `is_id` holds for all of `texts`, without a call for each, for there may be tens of thousands."""
+    return all(map(_ID.fullmatch, texts))
 
 
 def epoch_of(checkpoint_id: str) -> int:

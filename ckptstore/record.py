@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .entries import BASE_FORMAT, Base, Entries, Entry, check_base, check_count, check_digest, check_id, check_text, decode_entry
+from .entries import BASE_FORMAT, Base, Entries, check_base
+from .entry import Entry, check_count, check_digest, check_id, check_text, decode_entry
 from .envelope import JSON, seal, unseal
 from .errors import Damaged, DamagedRecord
 from .key import Key

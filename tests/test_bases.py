@@ -15,13 +15,22 @@ from hypothesis.stateful import run_state_machine_as_test
 from stores import Killed, Mortal, new_memory, objects, state_of, store_on, write
 from test_model import COMMON, NO_LONG_SEARCH, StoreMachine
 
-from ckptstore import Store, bases
+from ckptstore import Store, bases, envelope
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.bases import BASE_ENDS, Bases
 from ckptstore.checksum import sha256
-from ckptstore.entries import Base, Entries, Entry, _decode_all, decode_entry
+from ckptstore.entries import Base, Entries
+from ckptstore.entry import Entry, decode_all, decode_entry
 from ckptstore.envelope import seal
-from ckptstore.errors import BackendError, CheckpointNotFound, DamagedRecord, FallbackWarning, KeyMismatch, StorageFull
+from ckptstore.errors import (
+    BackendError,
+    CheckpointNotFound,
+    CkptStoreError,
+    DamagedRecord,
+    FallbackWarning,
+    KeyMismatch,
+    StorageFull,
+)
 from ckptstore.log import Log, slot_key
 from ckptstore.record import EMPTY, RECORD_LIMIT, Record, decode, encode
 from ckptstore.testing import Fault, FaultyBackend
@@ -164,6 +173,9 @@ def test_entries_are_as_a_plain_list(steps: list[Step]) -> None:
             assert isinstance(found, Record)
             assert (found.checkpoints.base is None) == (entries.base is None)
             entries = found.checkpoints.on(entries.base) if entries.base else found.checkpoints
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(envelope, "_PIECE", 300)
+            assert [e.json for some in entries.passing() for e in some] == [e.json for e in plain]
         assert [e.json for e in entries] == [e.json for e in plain]
         assert entries.ids() == {e.id for e in plain}
         assert +entries.counts == Counter((e.name, e.verified is False) for e in plain)
@@ -468,9 +480,77 @@ def test_thousands_of_entries_are_read_as_strictly_as_one(field: str, value: obj
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             return type(exc)
 
+    def copied() -> list[dict[str, object]]:
+        return [dict(one) for one in items.values()]
+
     one = outcome(lambda: repr(decode_entry(items[last])))
-    assert outcome(lambda: repr(_decode_all(items)[last])) == one
+    assert outcome(lambda: repr(decode_all(copied())[-1])) == one
     items[last]["of a later version"] = 1
-    assert outcome(lambda: repr(_decode_all(items)[last])) == one
+    assert outcome(lambda: repr(decode_all(copied())[-1])) == one
     del items[last][field]
-    assert outcome(lambda: _decode_all(items)) is KeyError
+    assert outcome(lambda: decode_all(copied())) is KeyError
+
+
+def item(number: int, **more: object) -> dict[str, object]:
+    plain = {"created": 1.7e9, "id": f"e1-s3-{number:012x}", "manifest": "0" * 64, "metrics": {'},{"created":': 0.5}}
+    return plain | {"name": "latest", "nbytes": 5, "step": 3, "verified": None} | more
+
+
+def text(items: object, more: str = "", name: str = "000000000016-0123456789ab", version: int = 2) -> str:
+    listed = json.dumps(items, separators=(",", ":"))
+    return f'{{"checkpoints":{listed},"format":{version},"kind":"base","name":"{name}"{more}}}'
+
+
+TEN = [item(n) for n in range(10)]
+BODIES = {
+    "as it is written here": text(TEN),
+    "with spaces": json.dumps(json.loads(text(TEN))),
+    "of other order": json.dumps(json.loads(text([dict(reversed(i.items())) for i in TEN])), sort_keys=False),
+    "with a field more": text(TEN, ',"of a later version":[{"created":1}]'),
+    "with items of a later version": text([*TEN, item(10, more=[{"created": 1}, {"created": 2}])]),
+    "with items within items": text([*TEN, {**item(10), "metrics": [{"created": 1}, {"created": 2}]}]),
+    "one is listed twice": text([*TEN, TEN[0]]),
+    "one is nothing": text([*TEN, None]),
+    "one is a number": text([*TEN, 7]),
+    "one has another id": text([*TEN, item(10, id="x")]),
+    "one has no digest": text([*TEN, item(10, manifest="x" * 64)]),
+    "one has no time": text([*TEN, item(10, created=float("nan"))]),
+    "one lacks a field": text([*TEN, {"created": 1.0}]),
+    "one is not closed": text(TEN).replace("}],", "],"),
+    "one is of other characters": text([*TEN, item(10)]).replace("latest", "l\u00e9"),
+    "none": text([]),
+    "no list": text(7),
+    "another's": text(TEN, name="000000000017-0123456789ab"),
+    "of a newer format": text(TEN, version=3),
+    "two lists": text(TEN).replace('}],"format', '}],[{"created":1}],"format'),
+    "deep": text([*TEN, item(10, metrics=0)]).replace(':0,"name"', ":" + "[" * 10**5 + "]" * 10**5 + ',"name"'),
+}
+
+
+@pytest.mark.parametrize("which", BODIES)
+def test_looking_through_a_base_finds_what_reading_all_of_it_finds(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b'{"sha256":"%b","body":%b}\n' % (b"0" * 64, BODIES[which].encode())
+
+    def outcome(read: Callable[[Base], object]) -> object:
+        base = Base("000000000016-0123456789ab", "0" * 64, None)
+        base.read = lambda: data
+        try:
+            return read(base)
+        except CkptStoreError as exc:
+            return type(exc), str(exc)
+
+    monkeypatch.setattr(envelope, "_PIECE", 400)
+    known = outcome(lambda base: [e.json for e in base.entries().values()])
+    assert isinstance(known, list) == (which in [*BODIES][:5] or which == "none"), known
+    assert outcome(lambda base: [e.json for some in base.passing() for e in some]) == known
+
+
+def test_a_base_is_looked_through_without_being_kept() -> None:
+    entries = Entries(decode_all([item(n) for n in range(1000)]))
+    base, data = Base.make("000000000016-0123456789ab", entries)
+    again = Base(base.name, base.digest, None)
+    again.read = lambda: data
+    pieces = [len(some) for some in again.passing()]
+    assert sum(pieces) == 1000
+    assert max(pieces) < 200
+    assert again._found is None

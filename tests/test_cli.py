@@ -133,6 +133,15 @@ class TestLs:
         save(Store(tmp_path), None)
         assert run("ls", str(tmp_path))[1].splitlines()[0].split() == ["ID", "AGE", "SIZE", "SAVED", "AS", "NAMES"]
 
+    def test_metrics_of_other_names_each(self, tmp_path: Path, run: Any) -> None:
+        kinds = [{"loss": 1.0}, {}, {"100%": 0.5, "a\nb": float("nan")}, {"loss": 2.5}]
+        for step, metrics in enumerate(kinds):
+            save(Store(tmp_path, keep_last="all"), step, metrics=metrics)
+        rows = run("ls", str(tmp_path))[1].splitlines()[1:]
+        assert [row.partition(" latest")[2].replace("latest", "").strip() for row in rows] == [
+            *["loss=1", "", "100%=0.5  a\\nb=nan", "loss=2.5"]
+        ]
+
     def test_what_is_known_of_a_checkpoint_is_noted(self, url: str, run: Any) -> None:
         flip(data(url, 30) / "model.bin", 5)
         with Store(url) as store:

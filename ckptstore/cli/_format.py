@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
+from itertools import repeat
 
 from ..envelope import JSON
 
-__all__ = ["age", "aligned", "compact", "count", "date", "metrics", "plural", "printable", "sampler", "size", "table"]
+__all__ = [
+    "age",
+    "aligned",
+    "all_metrics",
+    "compact",
+    "count",
+    "date",
+    "metrics",
+    "plural",
+    "printable",
+    "sampler",
+    "size",
+    "table",
+]
 
 
 def printable(text: str) -> str:
@@ -43,12 +57,12 @@ def size(nbytes: int) -> str:
 
 def age(seconds: float) -> str:
     """Return a duration in its largest sensible unit, rounded down. Negative ones come from clocks that differ."""
+    if seconds >= 48 * 3600:  # first, for those are the many
+        return _days(int(seconds // 86400))
     if seconds < 0:
         return "0 s" if seconds > -60 else "in the future"
-    for unit, length, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
-        if seconds < length * limit:
-            return f"{int(seconds // length)} {unit}"
-    return _days(int(seconds // 86400))
+    unit, length = ("s", 1) if seconds < 60 else ("min", 60) if seconds < 3600 else ("h", 3600)
+    return f"{int(seconds // length)} {unit}"
 
 
 @lru_cache(1000)
@@ -62,8 +76,28 @@ def date(timestamp: float) -> str:
 
 
 def metrics(values: Mapping[str, float]) -> str:
-    """Return metrics in one line."""
-    return "  ".join([f"{name}={value:.6g}" for name, value in values.items()])
+    """Return metrics in one line, of printable characters."""
+    return _patterns[tuple(values)] % (*values.values(),)
+
+
+def all_metrics(many: Sequence[Mapping[str, float]]) -> list[str]:
+    """Do as `metrics` for each, without a call for each, for there may be tens of thousands."""
+    kinds = {*map(tuple, many)}
+    if len(kinds) != 1:
+        return [*map(metrics, many)]
+    lines = "\n".join([_patterns[kinds.pop()]] * len(many))
+    return (lines % (*[value for values in many for value in values.values()],)).split("\n")
+
+
+class _Patterns(dict[tuple[str, ...], str]):
+    """The line of metrics by their names, but for the values: most checkpoints of a store have the same names."""
+
+    def __missing__(self, names: tuple[str, ...]) -> str:
+        pattern = self[names] = "  ".join([f"{printable(name).replace('%', '%%')}=%.6g" for name in names])
+        return pattern
+
+
+_patterns = _Patterns()
 
 
 def compact(value: JSON) -> str:
@@ -88,16 +122,14 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
     Args:
         right: the columns that are aligned to the right.
     """
-    return aligned(list(zip(*rows, strict=True)), right)
+    return [*aligned(list(zip(*rows, strict=True)), right)]
 
 
-def aligned(columns: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Do as `table`, for columns."""
-    shown: list[Sequence[str]] = []
-    pattern: list[str] = []
-    for i, column in enumerate(columns):
-        if any(column[1:]):
-            shown.append(column)
-            pattern.append(f"%{'' if i in right else '-'}{max(map(len, column))}s")
-    line = "  ".join(pattern)
-    return [(line % row).rstrip() for row in zip(*shown, strict=True)] if shown else [""] * len(columns[0])
+def aligned(columns: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
+    """Do as `table`, for columns; one line after the other, for there may be tens of thousands."""
+    shown = [i for i, column in enumerate(columns) if any(column[1:])]
+    if not shown:
+        return repeat("", len(columns[0]))
+    widths = {i: max(map(len, columns[i])) if i in right or i != shown[-1] else 0 for i in shown}
+    line = "  ".join(f"%{'' if i in right else '-'}{width}s" for i, width in widths.items())
+    return ((line % row).rstrip() for row in zip(*[columns[i] for i in shown], strict=True))

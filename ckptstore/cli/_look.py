@@ -6,6 +6,7 @@ import argparse
 import gc
 import time
 from functools import cache
+from itertools import islice
 
 from ..envelope import JSON
 from ..errors import Damaged, UsageError
@@ -40,7 +41,9 @@ def _ls(store: Store, out: Output) -> int:
     out.document["spared"] = sorted(state.spared)
     out.document["damage"] = damage_json(record_damage(head))
     if state.checkpoints and not out.as_json:
-        out.say("\n".join(_format.aligned(_columns(state), right=(1, 2, 3))))
+        lines = _format.aligned(_columns(state), right=(1, 2, 3))
+        while some := [*islice(lines, 500)]:
+            out.say("\n".join(some))
     elif not state.checkpoints:
         out.say(f"{store.url} holds no checkpoints")
     for checkpoint_id in sorted(state.spared):
@@ -51,22 +54,28 @@ def _ls(store: Store, out: Output) -> int:
 
 
 def _columns(state: Record) -> list[list[str]]:
-    """Return the table, column by column, for there may be tens of thousands of rows."""
-    entries = list(state.checkpoints)
+    """Return the table, column by column and some rows at a time, for there may be tens of thousands."""
     names = {i: ", ".join(names_of(state, i)) for i in {*state.names.values()}}
     now, resumed = time.time(), state.resumed
     size = cache(_format.size)  # of which there are few
-    return [
-        ["ID", *[e.id for e in entries]],
-        ["STEP", *["" if e.step is None else str(e.step) for e in entries]],
-        ["AGE", *[_format.age(now - e.created) for e in entries]],
-        ["SIZE", *[size(e.nbytes) for e in entries]],
-        ["SAVED AS", *[e.name for e in entries]],
-        ["NAMES", *[names.get(e.id, "") for e in entries]],
-        # Escaped before widths are measured.
-        ["METRICS", *[_format.printable(_format.metrics(e.metrics)) if e.metrics else "" for e in entries]],
-        ["NOTE", *[_note(e, resumed) if e.id == resumed or e.verified is False else "" for e in entries]],
-    ]
+    columns = [["ID"], ["STEP"], ["AGE"], ["SIZE"], ["SAVED AS"], ["NAMES"], ["METRICS"], ["NOTE"]]
+    for entries in state.checkpoints.passing():
+        ids = [e.id for e in entries]
+        more = [
+            ids,
+            ["" if e.step is None else str(e.step) for e in entries],
+            [_format.age(now - e.created) for e in entries],
+            [size(e.nbytes) for e in entries],
+            [e.name for e in entries],
+            [names.get(i, "") for i in ids],
+            _format.all_metrics([e.metrics for e in entries]),
+            [_note(e, resumed) for e in entries]
+            if resumed in ids or any(e.verified is False for e in entries)
+            else [""] * len(ids),
+        ]
+        for column, values in zip(columns, more, strict=True):
+            column += values
+    return columns
 
 
 def _note(entry: Entry, resumed: str | None) -> str:

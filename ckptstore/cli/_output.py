@@ -12,6 +12,8 @@ from ._format import printable
 
 __all__ = ["Output"]
 
+_PLAIN = bytes(range(32, 127)) + b"\n"
+
 
 class Output:
     """The output of one command. With `as_json`, nothing but the finished document is printed."""
@@ -29,8 +31,9 @@ class Output:
     def say(self, text: str = "") -> None:
         """Print a text for people, whose line ends are kept."""
         if not self.as_json:
-            # All at once, for there may be tens of thousands of lines.
-            self._print(text if text.replace("\n", "").isprintable() else "\n".join(map(printable, text.split("\n"))))
+            # Many lines at once, for there may be tens of thousands.
+            plain = text.isascii() and not text.encode().translate(None, _PLAIN)
+            self._print(text if plain else "\n".join(map(printable, text.split("\n"))))
 
     def fail(self, kind: str, message: str) -> None:
         """Report the error that ends the command; `kind` is its type's name."""
