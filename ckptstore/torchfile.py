@@ -88,6 +88,7 @@ def _save(
     recorder = _Recorder(guard, storages, get_crc32_options(), locations)
     handled = sys.exc_info()[1]
     failure: BaseException | None = None
+    unsafe: tuple[str, ...] = ()
     outer = getattr(_saving, "recorder", None)  # of a save whose __reduce__ or the like has called us
     _saving.recorder = recorder
     try:
@@ -97,6 +98,7 @@ def _save(
         if whole:
             guard.write(whole.getbuffer())
         guard.pass_on()
+        unsafe = recorder.refused()  # which takes a while: now the sink's threads are still writing
     except BaseException as exc:
         # torch may hide the sink's error behind one of its own ("unexpected pos 64 vs 0"), even a Ctrl-C.
         failure = guard.error or _interrupt_behind(exc, handled) or exc
@@ -109,7 +111,7 @@ def _save(
     recorder.error = None
     try:
         if failure is None:
-            return recorder.unsafe
+            return unsafe
         if unpicklable and (problem := refusal(failure, obj)):
             raise NotSerializable(problem) from failure
         raise failure
@@ -273,7 +275,15 @@ class _Recorder:
         self._crcs = crcs
         self.locations = locations
         self.error: BaseException | None = None
-        self.unsafe: tuple[str, ...] = ()
+        self.pickle = b""
+
+    def refused(self) -> tuple[str, ...]:
+        """Return what torch's restricted unpickler would refuse."""
+        try:
+            return _refused(self.pickle, self.storages)
+        except BaseException as exc:
+            self.error = exc
+            raise
 
     def reset_crcs(self) -> None:
         """Let torch compute CRC-32s again, or not, as before this save."""
@@ -297,13 +307,21 @@ class _Pickler(pickle.Pickler):
         # torch's subclass decides what is a storage, and does not ask its base class.
         cls.persistent_id = _watched(cls.persistent_id)  # type: ignore[method-assign]
 
+    _hooks: object = None
+
     def reducer_override(self, obj: Any) -> Any:
-        return reduction(obj) if type(obj) is torch.Tensor else NotImplemented
+        if type(obj) is torch.Tensor:
+            found = reduction(obj)
+            if found is not NotImplemented:
+                self._hooks = found[1][-1]
+            return found
+        # The empty dictionary that came with the tensor: asked itself, it says the same, and takes longer than all else of a tensor.
+        return _EMPTY if obj is self._hooks else NotImplemented
 
     def dump(self, obj: Any) -> None:
         try:
             super().dump(obj)
-            self._recorder.unsafe = _refused(self._file.getvalue(), self._recorder.storages)
+            self._recorder.pickle = self._file.getvalue()
         except BaseException as exc:
             self._recorder.error = exc
             self._recorder.guard.shut = True
@@ -313,8 +331,10 @@ class _Pickler(pickle.Pickler):
 _NO_STORAGES = frozenset(
     {bool, bytes, collections.OrderedDict, dict, float, int, list, str, tuple, torch.Size, type(None)}
     | {type, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, torch.nn.Parameter, torch.dtype}
+    | {type(torch.FloatStorage)}
 )
 """Most of what a pickle is made of, and is asked about one by one."""
+_EMPTY = (collections.OrderedDict, ())
 _PICKLE_MODULE = types.SimpleNamespace(__name__="pickle", Pickler=_Pickler)
 
 
