@@ -14,7 +14,7 @@ from typing import Any
 import evidence
 import pytest
 import torch
-from stores import store_on, tree, write
+from stores import state_of, store_on, tree, write
 
 from ckptstore import Checkpoint, Store
 from ckptstore.backends.local import LocalBackend
@@ -260,6 +260,40 @@ def test_data_of_a_damaged_record_is_spared_and_can_be_brought_back(root: Path) 
     assert loaded(root) == 20
     assert loaded(root, lost) == 2
     assert store.verify() == []
+
+
+def test_only_data_that_a_damaged_record_may_have_named_is_spared(root: Path) -> None:
+    _, lost = ids(root)
+    stranger = root / "data" / "a stranger's" / "file"
+    stranger.parent.mkdir()
+    stranger.write_bytes(b"x")
+    spoil(root / slot_key(3))
+    with pytest.warns(FallbackWarning, match=rf"record 3 is damaged.* It may have named {lost}, kept"):
+        Store(root).acquire()
+    assert state_of(LocalBackend(str(root))).spared == (lost,)
+    assert stranger.exists()
+
+
+def test_a_first_acquisition_spares_nothing_of_those_that_never_acquire(tmp_path: Path) -> None:
+    """What they leave behind in epoch 0 was of no record."""
+    left, acquired = (tmp_path / "data" / checkpoint_id / "x" for checkpoint_id in ("e0-0123456789ab", "e1-0123456789ab"))
+    for file in (left, acquired):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    Store(tmp_path).acquire()
+    assert state_of(LocalBackend(str(tmp_path))).spared == (acquired.parent.name,)
+
+
+def test_data_of_a_damaged_record_is_spared_also_where_nobody_had_acquired(tmp_path: Path) -> None:
+    with Store(tmp_path, acquire=False) as tool:
+        save(tool, 1)
+        lost = save(tool, 2).id
+    spoil(tmp_path / slot_key(2))
+    store = Store(tmp_path)
+    with pytest.warns(FallbackWarning, match=f"named {lost}, kept"):
+        store.acquire()
+    store.gc()
+    assert store.tag("rescued", lost).step == 2
 
 
 def test_beside_a_damaged_record_nothing_is_begun(root: Path) -> None:

@@ -235,6 +235,23 @@ def test_what_was_never_confirmed_to_be_durable_stays_so() -> None:
     assert "best" in store
 
 
+def test_what_was_never_confirmed_and_is_not_there_is_no_longer_unknown() -> None:
+    """The power went before it was on the disk, and another commit has its slot."""
+    store = store_on(new_memory())
+    write(store)
+    assert store.resolve("2-abcdef-unconfirmed") is False
+
+
+def test_an_epoch_belongs_to_one_owner() -> None:
+    """As when what others know of a damaged record differs: both would have counted to the same epoch."""
+    backend = new_memory()
+    write(store_on(backend, owner="a"))
+    with store_on(backend, owner="b") as store:
+        store._writer.join("b", state_of(backend).epoch)
+        with pytest.raises(Fenced, match="a has acquired the store"):
+            store.tag("best", "latest")
+
+
 def test_no_outcome_is_made_up_for_a_record_that_is_gone() -> None:
     backend = new_memory()
     store = store_on(backend, keep_last="all")
