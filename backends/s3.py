@@ -85,7 +85,14 @@ class S3Backend:
         if ready:
             ready()
         with self._bucket.mapped("create", key, creating=True):
-            self._bucket.put(key, data, IfNoneMatch="*")
+            checksum = self._bucket.put(key, data, IfNoneMatch="*")
+        if not _is_of(checksum, data):
+            try:
+                wrong = _difference(self.stat(key), len(data), crc64nvme(data))
+            except CkptStoreError as exc:
+                raise Ambiguous(f"{self.url}/{key} was created, but cannot be looked at: {exc}") from exc
+            if wrong:  # the one who reads it back will tell what this means
+                raise Ambiguous(f"{self.url}/{key} {wrong}")
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Backend.replace`."""
@@ -296,10 +303,7 @@ class _S3Writer:
     def _put(self, data: bytes) -> str | None:
         with self._bucket.mapped("write", self._key):
             checksum = self._bucket.put(self._key, data)
-        crc = crc64nvme(data)
-        if checksum == spelled(crc) or checksum == f"md5:{hashlib.md5(data, usedforsecurity=False).hexdigest()}":
-            return checksum
-        return self._compared(len(data), crc)
+        return checksum if _is_of(checksum, data) else self._compared(len(data), crc64nvme(data))
 
     def _complete(self) -> str | None:
         self._send_first()
@@ -327,15 +331,28 @@ class _S3Writer:
     def _compared(self, size: int, crc: int) -> str | None:
         """Compare size and checksum of what the service has stored with what was sent; return the service's checksum."""
         found = self._backend.stat(self._key)
-        known = found.checksum is not None and found.checksum.startswith("crc64nvme:")
-        if found.size == size and (not known or found.checksum == spelled(crc)):
+        wrong = _difference(found, size, crc)
+        if wrong is None:
             return found.checksum
-        why = f"{self._backend.url}/{self._key} arrived as {found.size} bytes, {found.checksum}, not {size}, {spelled(crc)}"
+        why = f"{self._backend.url}/{self._key} {wrong}"
         try:
             self._backend.delete([self._key])
         except CkptStoreError as exc:
             raise Ambiguous(f"{why}, and could not be removed: {exc}", durable=False) from exc
         raise BackendError(f"{why}; it was removed")
+
+
+def _is_of(checksum: str | None, data: bytes) -> bool:
+    """Whether a checksum of the service's proves that it has kept `data`."""
+    return checksum in (spelled(crc64nvme(data)), f"md5:{hashlib.md5(data, usedforsecurity=False).hexdigest()}")
+
+
+def _difference(found: ObjectInfo, size: int, crc: int) -> str | None:
+    """Say in which way what the service has kept differs from what was sent; None if it does not."""
+    known = found.checksum is not None and found.checksum.startswith("crc64nvme:")
+    if found.size == size and (not known or found.checksum == spelled(crc)):
+        return None
+    return f"arrived as {found.size} bytes, {found.checksum}, not {size}, {spelled(crc)}"
 
 
 def _fill(buffer: memoryview, body: HTTPResponse) -> None:

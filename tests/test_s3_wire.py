@@ -8,16 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, unquote
 
 import pytest
-from botocore.exceptions import ClientError
 from faulty_http import Answer, Exchange, Fault, FaultyProxy, Late, Request, answer, error_inside, lost, stale, unanswered
 from s3_rig import PART, Service
 from stores import contents, write
 
 from ckptstore import Store, retry
-from ckptstore.errors import BackendError, CkptStoreError, FallbackWarning, Fenced, PermissionDenied
+from ckptstore.errors import BackendError, CkptStoreError, Fenced, PermissionDenied
 
 pytest_plugins = ("s3_fixtures",)
 
@@ -163,40 +161,6 @@ def test_a_record_that_arrives_when_its_writer_is_fenced(proxy: FaultyProxy, ser
         assert {c.id for c in new.checkpoints()} == {first, *saved}
         assert new.names() == {"latest": saved[0]}
         assert new.verify() == []
-
-
-@pytest.mark.parametrize("data", [b"small", bytes(PART + 1)], ids=["one request", "parts"])
-def test_a_service_that_stores_the_framing_of_chunks(proxy: FaultyProxy, server: Service, data: bytes) -> None:
-    """Some take the ``aws-chunked`` encoding of a body for the body: what they keep is longer than what was sent."""
-
-    def store_framed(x: Exchange) -> None:
-        place, _, query = x.request.path.partition("?")
-        bucket, _, key = unquote(place[1:]).partition("/")
-        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(x.request.body), x.request.body)
-        given = {"Bucket": bucket, "Key": key, "Body": body}
-        about = parse_qs(query)
-        try:
-            if "uploadId" in about:
-                number = int(about["partNumber"][0])
-                done = server.client.upload_part(**given, UploadId=about["uploadId"][0], PartNumber=number)
-            else:
-                condition = {"IfNoneMatch": "*"} if any(n.lower() == "if-none-match" for n, _ in x.request.headers) else {}
-                done = server.client.put_object(**given, **condition)
-        except ClientError:
-            answer(412, "PreconditionFailed")(x)
-        else:
-            x.reply(Answer(200, [("ETag", done["ETag"])]))
-
-    url = through(proxy, server, checksum="when_required", retry_seconds=0)
-    for _ in range(100):
-        proxy.inject(store_framed, lambda r: r.method == "PUT")
-    with Store(url) as store:
-        with pytest.raises(CkptStoreError) as caught:
-            write(store, files={"a": data})
-        assert "\n" not in str(caught.value)
-    proxy.heal()
-    with Store(url, acquire=False) as store, pytest.warns(FallbackWarning, match="record 1 is damaged"):
-        assert store.names() == {}
 
 
 @pytest.mark.parametrize("configured", [False, True], ids=["by default", "configured"])

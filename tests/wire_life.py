@@ -28,7 +28,21 @@ from ckptstore import Store
 from ckptstore.errors import CkptStoreError, CommitUnknown
 from ckptstore.naming import new_id
 
-__all__ = ["GCS", "OPERATIONS", "READING", "S3", "Kind", "Side", "World", "late", "prepare", "requests_of", "strike"]
+__all__ = [
+    "GCS",
+    "OPERATIONS",
+    "READING",
+    "S3",
+    "Kind",
+    "Side",
+    "World",
+    "judge",
+    "late",
+    "prepare",
+    "rehearse",
+    "requests_of",
+    "strike",
+]
 
 _LARGE = bytes((5 << 20) + 1)
 """More than one part on S3, and a resumable upload on GCS."""
@@ -323,14 +337,13 @@ class Tried:
 
 def requests_of(world: World, operation: Operation) -> list[Request]:
     """Return the requests of an operation that nothing happens to, and that is not the first of its kind."""
-    before = 0
-    for _ in range(2):
-        prepare(world, operation)
-        before = len(world.proxy.requests)
-        operation.run(world)
-        world.settle()
-        assert world.look() == world.after
-        world.state = world.after
+    rehearse(world, operation, 1)
+    prepare(world, operation)
+    before = len(world.proxy.requests)
+    operation.run(world)
+    world.settle()
+    assert world.look() == world.after
+    world.state = world.after
     return world.proxy.requests[before:]
 
 
@@ -343,11 +356,22 @@ def prepare(world: World, operation: Operation) -> None:
     world.state = world.after = world.look()
 
 
-def strike(world: World, operation: Operation, nth: int, kind: Kind, *, newer: bool = False) -> Tried:
+def rehearse(world: World, operation: Operation, times: int) -> None:
+    """Have the job do it a few times, and nothing happen."""
+    for _ in range(times):
+        prepare(world, operation)
+        operation.run(world)
+        world.settle()
+        assert world.look() == world.after
+        world.state = world.after
+
+
+def strike(world: World, operation: Operation, nth: int, kind: Kind, *, newer: bool = False, earlier: int = 0) -> Tried:
     """Do it while `kind` happens to the `nth` of the requests that it can happen to, and judge what was told.
 
-    `newer`: a newer job saves before what is late arrives.
+    `newer`: a newer job saves before what is late arrives. `earlier`: how often the job has done it before.
     """
+    rehearse(world, operation, earlier)
     prepare(world, operation)
     seen = itertools.count(1)
     world.proxy.inject(kind.fault, lambda request: kind.applies(request) and next(seen) == nth)
