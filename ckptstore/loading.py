@@ -20,7 +20,6 @@ from . import archive, rebuild, torchload
 from .archive import Record
 from .checkedfile import CheckedFile, checked_outline
 from .errors import NotFound, UsageError
-from .pages import LargePages
 from .protocol import LocalFiles
 from .reading import Piece, StoredFile
 from .rebuild import Hollow, NotPlain
@@ -159,8 +158,7 @@ class PlainFile:
         """
         wanted = {record.start: record for record in records}
         storages = {start: new_storage(record.size) for start, record in wanted.items()}
-        large = LargePages()
-        pieces = [(start, writable(storage, large)) for start, storage in storages.items() if storage.nbytes()]
+        pieces = [(start, writable(storage)) for start, storage in storages.items() if storage.nbytes()]
         self.check(pieces, self.records if all_chunks else wanted.values(), all_chunks=all_chunks)
         return storages
 
@@ -177,9 +175,7 @@ def new_storage(size: int) -> torch.UntypedStorage:
     return torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
 
 
-def writable(storage: torch.UntypedStorage, large: LargePages) -> memoryview:
-    """Return the memory of a new storage, which is not empty, of large pages if there are any."""
-    address, size = storage.data_ptr(), storage.nbytes()
-    large.ask(address, size)
-    view: memoryview = _memory(address, size, _WRITE)
+def writable(storage: torch.UntypedStorage) -> memoryview:
+    """Return the memory of a new storage, which is not empty."""
+    view: memoryview = _memory(storage.data_ptr(), storage.nbytes(), _WRITE)
     return view

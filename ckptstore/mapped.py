@@ -18,7 +18,6 @@ from . import archive, rebuild, torchload
 from .checkedfile import checked_outline
 from .errors import UsageError
 from .loading import PlainFile, new_storage, writable
-from .pages import LargePages
 from .protocol import LocalFiles
 from .reading import Piece, StoredFile
 from .rebuild import NotPlain
@@ -98,7 +97,6 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
     starts = {view.data_ptr(): start for start, view in views.items()}
     owned: dict[int, torch.UntypedStorage] = {}  # by the address in the file, and by the new one
     pieces: list[Piece] = []
-    large = LargePages()
     with torch.no_grad():
         for tensor in (tensor for part in held(result) for tensor in rebuild.tensors_of(part)):
             view = tensor.untyped_storage()
@@ -108,7 +106,7 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
             if address not in owned:
                 owned[address] = storage = new_storage(view.nbytes())
                 owned[storage.data_ptr()] = storage
-                pieces.append((starts[address], writable(storage, large)))
+                pieces.append((starts[address], writable(storage)))
             tensor.set_(owned[address], tensor.storage_offset(), tensor.size(), tensor.stride())
     plain.check(pieces, plain.records)
     return result

@@ -1,9 +1,9 @@
-"""New memory, of large pages if there are any, and provided in one go before something is read into it.
+"""New memory, of large pages if there are any, and provided in as few steps as the system knows when something is read into it.
 
 Memory that nobody has touched is provided page by page, as it is written to, which takes longer than to read the data. In pages of 2 MiB
 it takes next to nothing, while the kernel has such pages free. When it has not, it makes some, and whoever touches the memory waits: two
 seconds for a GiB where other memory had to be moved out of the way. So no more are asked for than are free; and none where free pages may
-be the host's.
+be the host's. Small pages are provided many at a time, together with what is to be in them if the system knows how to (see `userfault`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
-__all__ = ["LargePages", "is_new", "provide"]
+from .userfault import Placing, address_of
+
+__all__ = ["NewMemory"]
 
 _LARGE = 2 << 20
 _HUGEPAGE, _POPULATE_WRITE = 14, 23  # <asm-generic/mman-common.h>; Python does not name the second
@@ -28,22 +32,61 @@ if _libc is not None:
     _quick.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
-class LargePages:
-    """Those that are free now, for one load: hints, of which it does not matter what comes of them."""
+class NewMemory:
+    """What nobody has touched of some memory that is about to be filled. All that is done about it is hints: it can be filled without.
+
+    Args:
+        views: that memory, of which only what is large is looked at: memory that was freed and is used again mostly is there already.
+    """
+
+    def __init__(self, views: Iterable[memoryview]) -> None:
+        self._placing = Placing()
+        self._placed: dict[int, bool] = {}  # where a new view begins -> whether it is provided with its contents
+        large = _LargePages()
+        try:
+            for view in views:
+                if _is_new(view):
+                    self._placed[address_of(view)] = not large.ask(view) and self._placing.register(view)
+        except BaseException:
+            self._placing.close()
+            raise
+
+    def __enter__(self) -> NewMemory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._placing.close()
+
+    def is_placed(self, view: memoryview) -> bool:
+        """Say whether parts of one of the views are best filled with `put`, by who has their contents elsewhere."""
+        return bool(self._placed) and self._placed.get(address_of(view), False)
+
+    def provide(self, view: memoryview, part: memoryview) -> None:
+        """Have the kernel provide the memory of a part of one of the views, if it is new, in one call instead of at each first touch."""
+        if self._placed and address_of(view) in self._placed:
+            _provide(part)
+
+    def put(self, part: memoryview, data: memoryview) -> None:
+        """Fill a part of a view for which `is_placed` says so."""
+        self._placing.put(part, data)
+
+
+class _LargePages:
+    """Those that are free now, for one load."""
 
     def __init__(self) -> None:
         self._left: int | None = None
 
-    def ask(self, address: int, size: int) -> None:
-        """Ask for large pages for the memory at `address`, if there are enough, and nothing is there yet."""
-        first, end = -(-address // _LARGE) * _LARGE, (address + size) // _LARGE * _LARGE
-        if _libc is None or size < _WORTHWHILE or _is_there(address + size // 2):
-            return
+    def ask(self, view: memoryview) -> bool:
+        """Ask for large pages for new memory, if there are enough; say whether that was done."""
         if self._left is None:
             self._left = 0 if _host_takes_free() else _free() // 4 * 3  # others want some too
-        if end - first <= self._left:
-            self._left -= end - first
-            _libc.madvise(first, end - first, _HUGEPAGE)
+        address = address_of(view)
+        first, end = -(-address // _LARGE) * _LARGE, (address + len(view)) // _LARGE * _LARGE
+        if _libc is None or end - first > self._left:
+            return False
+        self._left -= end - first
+        return int(_libc.madvise(first, end - first, _HUGEPAGE)) == 0
 
 
 def _host_takes_free() -> bool:
@@ -68,21 +111,16 @@ def _free() -> int:
     return total
 
 
-def is_new(view: memoryview) -> bool:
-    """Say whether `view` is large, and nobody has touched it: memory that was freed and is used again mostly is there already."""
-    return _libc is not None and len(view) >= _WORTHWHILE and not _is_there(_address(view) + len(view) // 2)
+def _is_new(view: memoryview) -> bool:
+    """Say whether `view` is large, and nobody has touched it."""
+    return _libc is not None and len(view) >= _WORTHWHILE and not _is_there(address_of(view) + len(view) // 2)
 
 
-def provide(view: memoryview) -> None:
-    """Have the kernel provide the memory of a part of what `is_new`, in one call instead of at each page's first touch."""
+def _provide(view: memoryview) -> None:
     if _libc is not None:
-        address = _address(view)
+        address = address_of(view)
         first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + len(view)) // mmap.PAGESIZE * mmap.PAGESIZE
         _libc.madvise(first, max(0, end - first), _POPULATE_WRITE)  # before Linux 5.14 nothing comes of it
-
-
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _is_there(address: int) -> bool:

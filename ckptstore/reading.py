@@ -14,7 +14,7 @@ from typing import Any
 from .checksum import crc64nvme, digest_of, new_digest
 from .errors import DamagedFile, NotFound, Unreadable
 from .manifest import FileEntry
-from .pages import is_new, provide
+from .pages import NewMemory
 from .protocol import Backend, LocalFiles, ObjectInfo
 from .workers import Workers
 
@@ -115,8 +115,8 @@ class StoredFile:
         self._pass(targets, missing)
 
     def _pass(self, targets: list[Piece], numbers: Iterable[int]) -> None:
-        with opened(self.backend, self.key) as (read_into, block):
-            one = _Pass(self._chunks, read_into, block, targets)
+        with opened(self.backend, self.key) as (read_into, block), NewMemory(view for _, view in targets) as new:
+            one = _Pass(self._chunks, read_into, block, targets, new)
             jobs = list(_jobs(self._chunks.spans(numbers, block), self.backend.capabilities.part_size))
 
             def several(spans: list[Span]) -> None:
@@ -209,13 +209,20 @@ def opened(backend: Backend, key: str) -> Iterator[tuple[_ReadInto, int]]:
 class _Pass:
     """Reads spans of chunks, in any thread: checks them, and puts what belongs into the targets there."""
 
-    def __init__(self, chunks: Chunks, read_into: _ReadInto, block: int, targets: list[Piece] | None = None) -> None:
+    def __init__(
+        self,
+        chunks: Chunks,
+        read_into: _ReadInto,
+        block: int,
+        targets: list[Piece] | None = None,
+        new: NewMemory | None = None,
+    ) -> None:
         self._chunks = chunks
         self._read_into = read_into
         self._block = block
         self._targets = targets or []
         self._offsets = [offset for offset, _ in self._targets]
-        self._new = {offset for offset, view in self._targets if is_new(view)}
+        self._new = new
         # Each thread's memory for what is only looked at, or copied: used again and again, for new memory costs as much as reading does.
         self._own = threading.local()
 
@@ -258,18 +265,24 @@ class _Pass:
         """Return some bytes of the file, which are in the targets now. Good until the next call in this thread."""
         here = self._targets[overlapping(self._offsets, start, stop)]
         here = [(offset, view) for offset, view in here if offset + len(view) > start]
+        direct: memoryview | None = None
         if len(here) == 1 and here[0][0] <= start and stop <= here[0][0] + len(here[0][1]):
-            direct = here[0][1][start - here[0][0] : stop - here[0][0]]
-            if here[0][0] in self._new:
-                provide(direct)
-            self._read_into(start, direct)
-            return direct
+            offset, whole = here[0]
+            direct = whole[start - offset : stop - offset]
+            if self._new is None or not self._new.is_placed(whole):
+                if self._new is not None:
+                    self._new.provide(whole, direct)
+                self._read_into(start, direct)
+                return direct
         buffer: memoryview = getattr(self._own, "buffer", _NOTHING)
         if len(buffer) < stop - start:
             buffer = self._own.buffer = memoryview(mmap.mmap(-1, max(stop - start, self._block)))
         view = buffer[: stop - start]
         self._read_into(start, view)
-        scatter(start, view, here)
+        if self._new is not None and direct is not None:
+            self._new.put(direct, view)
+        else:
+            scatter(start, view, here)
         return view
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import mmap
 import threading
 from collections import OrderedDict
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import stores
 import torch
 
-from ckptstore import Store, loading, torchload
+from ckptstore import Store, loading, pages, torchload, userfault
 from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, UsageError
 from ckptstore.protocol import LocalFiles
 from ckptstore.testing import FaultyBackend
@@ -405,3 +406,40 @@ def test_some_tensors_of_a_file_that_is_not_plain(tmp_path: Path) -> None:
         store.save({"sparse": torch.eye(3).to_sparse(), "plain": torch.arange(5.0)})
         found = store.checkpoint().load_tensors(["plain", "sparse"])
         assert torch.equal(found["plain"], torch.arange(5.0)) and torch.equal(found["sparse"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_large_tensors_come_to_new_memory_whole_or_not_at_all(
+    placed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_free", lambda: 0)  # no large pages
+    monkeypatch.setattr(pages, "_is_there", lambda _: False)  # malloc may have kept some
+    if not placed:
+        monkeypatch.setattr(userfault, "_CALL", None)
+    put: list[int] = []
+    there = userfault.Placing.put
+    monkeypatch.setattr(userfault.Placing, "put", lambda self, view, data: (put.append(len(view)), there(self, view, data))[1])
+    sizes = [9 * MIB + 3, 1, 4 * MIB, 17, 25 * MIB - 1, 5 * MIB + 4097]
+    state = {f"t{n}": torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes}
+    with Store(tmp_path / "s") as store:
+        store.save(state, "alone")
+        assert_same(store.load("alone"), state)
+        live = [torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1, requires_grad=True)], momentum=0.9)]
+        store.save({"model": live[0], "optimizer": live[1], "more": [state]})
+        more: dict[str, Any] = {"model": live[0], "optimizer": live[1], "more": [{}]}
+        store.resume(more)
+        assert_same(more["more"][0], state)
+        assert bool(put) == (placed and _places())
+        flip(data_file(store, tmp_path / "s"), 30 * MIB)
+        more["more"][0] = {}
+        with pytest.raises(Damaged):
+            store.resume(more)
+        assert more["more"][0] == {}
+
+
+def _places() -> bool:
+    one = userfault.Placing()
+    try:
+        return one.register(memoryview(mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))
+    finally:
+        one.close()

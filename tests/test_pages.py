@@ -1,4 +1,4 @@
-"""New memory: large pages as long as there are some, and what is provided before it is read into."""
+"""New memory: large pages as long as there are some, and what is provided when it is read into."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import require
 
-from ckptstore import pages
-from ckptstore.pages import LargePages, is_new, provide
+from ckptstore import pages, userfault
+from ckptstore.pages import NewMemory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is told to the kernel is for Linux")
 MIB = 1 << 20
@@ -39,25 +40,40 @@ def own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_host_takes_free", lambda: False)
 
 
+@pytest.fixture
+def none_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a machine where memory is not provided with its contents."""
+    monkeypatch.setattr(userfault, "_CALL", None)
+
+
 def test_no_more_large_pages_are_asked_for_than_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_free", lambda: 16 * MIB)  # of which others may want a quarter
-    large = LargePages()
     some = [new(6 * MIB) for _ in range(4)]
-    for view, address in some:
-        large.ask(address, len(view))
+    with NewMemory(view for view, _ in some) as memory:
+        placed = [memory.is_placed(view) for view, _ in some]
     flags = [asked(-(-address // (2 * MIB)) * 2 * MIB) for _, address in some]
     assert flags[:2] == [True, True]
     assert not all(flags)
+    assert not any(large and one for large, one in zip(flags, placed, strict=True))  # large ones are provided at once
 
 
 def test_memory_that_is_there_is_left_as_it_is() -> None:
     view, address = new(8 * MIB)
     view[:] = bytes(range(256)) * (len(view) // 256)
-    LargePages().ask(address, len(view))
-    assert not is_new(view)
-    provide(view)
+    with NewMemory([view]) as memory:
+        assert not memory.is_placed(view)
+        memory.provide(view, view)
     assert not asked(address + 4 * MIB)
     assert view == bytes(range(256)) * (len(view) // 256)
+
+
+def test_what_is_small_is_left_as_it_is() -> None:
+    view, address = new(4 * MIB - 1)
+    with NewMemory([view]) as memory:
+        assert not memory.is_placed(view)
+        memory.provide(view, view)
+    assert not asked(address + 2 * MIB)
+    assert not pages._is_there(address)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,8 @@ def test_none_are_asked_for_where_they_may_be_the_hosts(
     monkeypatch.setattr(pages, "_DEVICES", tmp_path)
     monkeypatch.setattr(pages, "_free", lambda: 16 * MIB)
     view, address = new(8 * MIB)
-    LargePages().ask(address, len(view))
+    with NewMemory([view]):
+        pass
     assert asked(address + 4 * MIB) is not taken
 
 
@@ -85,16 +102,34 @@ def test_where_the_kernel_does_not_tell_none_are_asked_for(monkeypatch: pytest.M
     view, address = new(8 * MIB)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", unreadable)
-        LargePages().ask(address, len(view))
+        with NewMemory([view]) as memory:
+            assert not memory.is_placed(view)  # nor whether that would be the end
     assert not asked(address + 4 * MIB)
 
 
+@pytest.mark.usefixtures("none_placed")
 def test_memory_is_there_once_it_is_provided() -> None:
     view, address = new(8 * MIB)
-    assert is_new(view)
-    provide(view[3 * MIB : 5 * MIB + 1])
-    assert not is_new(view)
+    other, elsewhere = new(8 * MIB)
+    with NewMemory([view]) as memory:
+        assert not memory.is_placed(view)
+        memory.provide(view, view[3 * MIB : 5 * MIB + 1])
+        memory.provide(other, other)
     assert pages._is_there(address + 3 * MIB)
     assert pages._is_there(address + 5 * MIB - 1)
     assert not pages._is_there(address + 7 * MIB)
+    assert not pages._is_there(elsewhere)
     assert view == bytes(8 * MIB)
+
+
+def test_memory_is_provided_with_what_is_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_free", lambda: 0)
+    view, address = new(8 * MIB)
+    data = memoryview(bytearray(b"data" * MIB))
+    with NewMemory([view]) as memory:
+        require(memory.is_placed(view), "this needs userfaultfd(2) with write protection, and no seccomp filter")
+        memory.put(view[MIB + 1 : 5 * MIB + 1], data)
+    assert not pages._is_there(address)
+    assert not pages._is_there(address + 7 * MIB)
+    assert view[MIB + 1 : 5 * MIB + 1] == data
+    assert not any(view[: MIB + 1]) and not any(view[5 * MIB + 1 :])
