@@ -63,12 +63,12 @@ class Survey:
         return cls(seconds, {module: {int(n): tests for n, tests in by.items()} for module, by in found.items()})
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """Return the tests that come by a mutant, the shortest first; then those that may do so where nobody sees it."""
+        """Return the tests that come by a mutant, and those that may do so where nobody sees it; the shortest first."""
         first, last = mutant.lines
         found = {test for line in range(first, last + 1) for test in self.lines.get(mutant.module, {}).get(line, ())}
         elsewhere = {*_OTHER_PROCESSES} & {*MODULES[mutant.module]}
-        unseen = {test for test in self.seconds if test.partition("::")[0] in elsewhere} - found
-        return [*sorted(found, key=self.seconds.__getitem__), *sorted(unseen, key=self.seconds.__getitem__)]
+        unseen = {test for test in self.seconds if test.partition("::")[0] in elsewhere}
+        return sorted(found | unseen, key=lambda test: (self.seconds[test], test))
 
 
 def survey(files: Iterable[str]) -> Survey:
