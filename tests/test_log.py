@@ -441,6 +441,17 @@ def test_damaged_newest_records_are_passed_over(bad: int) -> None:
     assert (head.slot, head.record.n, len(head.damaged)) == (20, 20 - bad, bad)
 
 
+def test_damaged_older_records_are_told_when_asked_for() -> None:
+    backend = filled(6)
+    objects(backend)[slot_key(5)] = b"rubbish"
+    del objects(backend)[slot_key(4)]
+    log = Log(backend)
+    assert log.head().damaged == ()
+    rubbish, gone = log.damaged()
+    assert "commit record 5" in rubbish
+    assert slot_key(4) in gone
+
+
 def test_one_bad_moment_of_a_disk_is_no_damage() -> None:
     """A job that acquires would pass the record over for good."""
     bad = Unreadable(5, "the disk can no longer read this", slot_key(20))
