@@ -55,7 +55,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "backends/_shared_names.py": ("test_shared_answers.py", "test_shared_faults.py"),
     "backends/shared.py": (*_SHARED, "test_conformance.py", "test_store.py"),
     "transfer.py": ("test_parts.py", "test_store.py", "test_interrupted.py", "test_damage.py", "test_hmac.py"),
-    "reading.py": ("test_store.py", "test_damage.py", "test_hmac.py", "test_hostile.py"),
+    "reading.py": ("test_reading.py", "test_store.py", "test_damage.py", "test_hmac.py", "test_hostile.py"),
     "workers.py": ("test_workers.py", "test_parts.py", "test_together.py", "test_interrupted.py", "test_store.py"),
     "manifest.py": _FORMAT,
     "record.py": (*_FORMAT, "test_retention.py"),
