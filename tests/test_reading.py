@@ -9,10 +9,12 @@ from itertools import accumulate
 import pytest
 from stores import new_memory, objects, store_on, write
 
+from ckptstore import reading
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.checksum import combine, crc64nvme
 from ckptstore.errors import CheckpointNotFound, DamagedFile
 from ckptstore.manifest import FileEntry
+from ckptstore.pages import NewMemory
 from ckptstore.reading import StoredFile, VerifiedFile, damaged_ranges, read_chunk
 from ckptstore.workers import Workers
 
@@ -65,6 +67,35 @@ def test_pieces_are_filled_wherever_they_lie(
         for offset, view in pieces:
             assert view == DATA[offset : offset + len(view)]
     workers.close()
+
+
+def test_new_memory_is_given_its_contents_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not read into: what was read elsewhere is put there, but for the ends, which are in chunks with something else."""
+    put: list[tuple[int, bytes]] = []
+
+    class Placed(NewMemory):
+        def is_placed(self, view: memoryview) -> bool:
+            return True
+
+        def put(self, part: memoryview, data: memoryview) -> None:
+            assert not any(part)
+            put.append((len(part), bytes(data)))
+            part[:] = data
+
+    monkeypatch.setattr(reading, "NewMemory", Placed)
+    backend, entry = stored(1000)
+    file = StoredFile(backend, "key", entry, Workers(1))
+    view = memoryview(bytearray(100))
+    file.fill([(0, view)])
+    assert view == DATA
+    assert put == [(100, DATA)]
+    backend, entry = stored(16)
+    ends = memoryview(bytearray(80))
+    file = StoredFile(backend, "key", entry, Workers(1))
+    file.fill([(10, ends)])
+    assert ends == DATA[10:90]
+    assert b"".join(data for _, data in put[1:]) == DATA[16:80], "of the chunk at the end, what is read at a time"
+    assert all(size == len(data) for size, data in put)
 
 
 @pytest.mark.parametrize("at", [0, 20, 39, 60, 99])

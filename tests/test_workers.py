@@ -14,7 +14,7 @@ import pytest
 from ckptstore import workers
 from ckptstore.workers import Bell, Job, Workers, _Crew, _start, drain
 
-_PATIENCE = 60.0
+_PATIENCE = 30.0
 """Seconds after which a thread that has not ended never will."""
 
 
