@@ -18,7 +18,7 @@ from .manifest import MANIFEST_LIMIT, Manifest, decode
 from .naming import MANIFEST, data_key, id_of_key
 from .protocol import Backend
 from .record import Entry, Record
-from .workers import Job, Workers
+from .workers import Job, Workers, lock_of
 
 __all__ = ["Engine"]
 
@@ -43,7 +43,7 @@ class Engine:
         self.unfinished: set[str] = set()
         """Ids of distributed saves begun here of which it is not known yet what came of them."""
         self._abandoned: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = lock_of(self, threading.Lock)
         self._deletions: list[Job[None]] = []
         self._late = Workers(1)  # one thread: training goes on beside it
         self._checks: list[Job[None]] = []

@@ -29,6 +29,7 @@ from .naming import DATA, epoch_of, id_of_key, is_id
 from .owner import default_owner
 from .protocol import Backend
 from .record import Record
+from .workers import lock_of
 
 __all__ = ["Writer"]
 
@@ -49,7 +50,7 @@ class Writer:
         self.cooperates = cooperate
         """Whether it commits in whatever epoch is current."""
         self._single_writer = single_writer
-        self._lock = threading.RLock()  # a handler of a signal that came meanwhile may want to save
+        self._lock = lock_of(self, threading.RLock)  # a handler of a signal that came meanwhile may want to save
         self._probed = single_writer or not backend.capabilities.probe
         self._fenced: str | None = None
         self.epoch = epoch

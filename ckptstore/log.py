@@ -32,6 +32,7 @@ from .errors import (
 from .key import Key
 from .protocol import Backend
 from .record import EMPTY, RECORD_LIMIT, Record, Tombstone, decode, encode, encode_tombstone
+from .workers import lock_of
 
 __all__ = ["LOG", "Head", "Log", "new_op", "slot_key", "slot_of"]
 
@@ -85,7 +86,7 @@ class Log:
         self._backend = backend
         self._key = key
         self._store: str | None = None  # with a key: what the first record calls the store, as soon as it is known
-        self._lock = threading.RLock()
+        self._lock = lock_of(self, threading.RLock)
         self._head = Head(0, EMPTY)
         self._sizes: dict[int, tuple[int, str]] = {}  # slot -> (bytes, op) of records committed here and still whole
         self._hint = (0, "")  # as last read: a slot, and the SHA-256 of its record

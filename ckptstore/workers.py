@@ -17,12 +17,41 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Bell", "Job", "Workers", "drain"]
+__all__ = ["Bell", "Job", "Workers", "drain", "lock_of"]
 
 _R = TypeVar("_R")
+_Lock = TypeVar("_Lock")
 
 _RING_AGAIN = 1.0
 """Seconds after which a waiter looks again by itself: whoever was to ring may have been interrupted."""
+
+
+_owners: dict[int, tuple[weakref.ref[Any], Callable[[], Any]]] = {}
+
+
+def lock_of(owner: object, kind: Callable[[], _Lock]) -> _Lock:
+    """Return a lock, which `owner` keeps as ``_lock``: in a fork it gets a new one.
+
+    A thread of the parent's may have had the old one when the process was forked, and in the fork nobody would ever give it back.
+    """
+    key, owners = id(owner), _owners
+
+    def forget(_: object) -> None:
+        owners.pop(key, None)
+
+    owners[key] = weakref.ref(owner, forget), kind
+    return kind()
+
+
+def _in_fork() -> None:
+    for found, kind in list(_owners.values()):
+        owner = found()
+        if owner is not None:
+            owner._lock = kind()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(after_in_child=_in_fork)
 
 
 class Job(Generic[_R]):
@@ -108,7 +137,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._lock = threading.Lock()
+        self._lock = lock_of(self, threading.Lock)
         self._crew: _Crew | None = None
 
     def submit(self, call: Callable[..., _R], *args: Any) -> Job[_R]:
