@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import require
@@ -32,7 +33,7 @@ def is_registered(view: memoryview) -> bool:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             here = int(found[1], 16) <= address < int(found[2], 16)
         elif here and line.startswith("VmFlags:"):
-            return "uw" in line.split()
+            return not {"um", "uw"}.isdisjoint(line.split())
     raise AssertionError("no such memory")
 
 
@@ -108,8 +109,32 @@ def test_closed_it_lets_go_of_all_and_leaves_no_descriptor(placing: Placing) -> 
     own.close()
     assert not is_registered(view)
     assert len(os.listdir("/proc/self/fd")) == before
+    view[0] = 1  # nobody waits for anybody, here neither
     own.put(view[3 : MIB + 3], DATA[:MIB])
     assert view[3 : MIB + 3] == DATA[:MIB]
+
+
+def test_interrupted_while_it_is_closed_it_has_let_go_of_all(placing: Placing, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = [new(2 * MIB) for _ in range(3)]
+    before = len(os.listdir("/proc/self/fd"))
+    own = Placing()
+    assert all(own.register(view) for view in views)
+    asked: list[int] = []
+    ask = userfault._ask
+
+    def interrupted(file: Any, what: int, how: Any) -> bool:
+        asked.append(what)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(file, what, how)
+
+    monkeypatch.setattr(userfault, "_ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for view in views:
+        assert not is_registered(view)
+        view[0] = 1
 
 
 def test_memory_that_cannot_be_registered_is_filled_nevertheless(placing: Placing, tmp_path: Path) -> None:
