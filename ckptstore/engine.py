@@ -44,10 +44,8 @@ class Engine:
         """Ids of distributed saves begun here of which it is not known yet what came of them."""
         self._abandoned: set[str] = set()
         self._lock = lock_of(self, threading.Lock)
-        self._deletions: list[Job[None]] = []
         self._late = Workers(1)  # one thread: training goes on beside it
-        self._checks: list[Job[None]] = []
-        self._pid = os.getpid()  # of the process that began them
+        self._jobs = _Jobs()
         self._keys: dict[str, list[str]] = {}
         self._warned: set[str] = set()
 
@@ -146,13 +144,12 @@ class Engine:
                 self.verdicts.pop(checkpoint_id, None)  # on the record now; somebody else may judge anew
         ids = set(record.retired)
         with self._lock:
-            self._forget_parents()
             self.deleted.intersection_update(ids)  # the others are off the record
             todo = sorted(ids - self.deleted)
         if todo:
             deletion = self.workers.submit(self._delete_all, todo)  # at worst done at once, and needs the lock
             with self._lock:
-                self._deletions.append(deletion)
+                self._begun().deletions.append(deletion)
 
     def _delete_all(self, ids: list[str]) -> None:
         for checkpoint_id in ids:
@@ -164,30 +161,29 @@ class Engine:
     def settle(self) -> None:
         """Wait for the deletions begun before: the next change starts from a quiet store, with the space they free."""
         with self._lock:
-            self._forget_parents()
-            deletions, self._deletions = self._deletions, []
+            begun = self._begun()
+            deletions, begun.deletions = begun.deletions, []
         for deletion in deletions:
             deletion.wait()  # what failed, for whatever reason, is still on the record
 
-    def _forget_parents(self) -> None:
-        if self._pid != os.getpid():  # a fork has our lists, but not the threads: what they were given never ends here
-            self._deletions, self._checks, self._pid = [], [], os.getpid()
+    def _begun(self) -> _Jobs:
+        """Return what was begun in this process; to be called with the lock."""
+        if self._jobs.pid != os.getpid():  # a fork has our lists, but not the threads: what they were given never ends here
+            self._jobs = _Jobs()
+        return self._jobs
 
     def check_later(self, check: Callable[[], None]) -> None:
         """Begin a check in the background; what it raises, `raise_late` will."""
         job = self._late.submit(check)
         with self._lock:
-            self._forget_parents()
-            self._checks.append(job)
+            self._begun().checks.append(job)
 
     def raise_late(self, *, wait: bool = False) -> None:
-        """Raise, once, what a check in the background has raised so far, or with `wait`, when all have ended."""
+        """Raise, once, what a check in the background has raised so far, or with `wait`, will raise."""
         with self._lock:
-            self._forget_parents()
-            ended = [job for job in self._checks if wait or job.done()]
-            self._checks = [job for job in self._checks if job not in ended]
-        for job in ended:
-            job.wait()
+            begun = self._begun()
+            ended = [job for job in begun.checks if wait or job.done()]
+            begun.checks = [job for job in begun.checks if job not in ended]
         for job in ended:
             job.result()
 
@@ -212,8 +208,16 @@ class Engine:
         try:
             self.raise_late(wait=True)
         finally:
-            self._late.close()
-            self.writer.close()
-            self.workers.close()
+            for workers in (self._late, self.writer, self.workers):
+                workers.close()
             with suppress(CkptStoreError):
                 self.backend.close()
+
+
+class _Jobs:
+    """What one process has begun in the background and not waited for yet."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.deletions: list[Job[None]] = []
+        self.checks: list[Job[None]] = []

@@ -29,10 +29,10 @@ class Retention:
     """``min``: lower is better; ``max``: higher is."""
 
     def __post_init__(self) -> None:
-        for name, least in (("keep_last", 1), ("keep_every", 1), ("keep_best", 1)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InvalidOption(f"{name} must be a whole number from {least} on, not {value!r:.100}")
+        for name in ("keep_last", "keep_every", "keep_best"):
+            value: int | None = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidOption(f"{name} must be a whole number from 1 on, not {value!r:.100}")
         if self.best_mode not in ("min", "max"):
             raise InvalidOption(f"best_mode must be min or max, not {self.best_mode!r:.100}")
         if (self.keep_best is None) != (self.best_metric is None):
@@ -48,14 +48,14 @@ def expired(state: Record, rules: Retention, keep: Iterable[str] = ()) -> set[st
     if rules.keep_last is None:
         return set()
     gone = _not_last(state.checkpoints, rules.keep_last)
-    if gone and rules.keep_every is not None:
+    if rules.keep_every is not None:
         gone = [e for e in gone if e.step is None or e.step % rules.keep_every]
     if not gone:
         return set()
     kept = {*keep, *state.names.values(), state.resumed}
     if any(e.verified for e in gone):
         kept.update([e.id for e in state.checkpoints if e.verified][-1:])
-    if rules.keep_best is not None and rules.best_metric is not None:
+    if rules.best_metric is not None:
         whole = [e for e in state.checkpoints if e.verified is not False]
         kept |= _best(state.checkpoints, rules.best_metric, rules) | _best(whole, rules.best_metric, rules)
     return {e.id for e in gone} - kept

@@ -47,7 +47,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_protocol_model.py",
     ),
     "transaction.py": (*_PROTOCOL, "test_interrupted.py", "test_crash_states.py"),
-    "engine.py": (*_PROTOCOL, "test_damage.py", "test_hmac.py", "test_forged.py"),
+    "engine.py": ("test_engine.py", *_PROTOCOL, "test_damage.py", "test_hmac.py", "test_forged.py", "test_loading.py"),
     "retention.py": ("test_retention.py", "test_store.py"),
     "backends/local.py": (*_FOLDER, "test_crash_states.py", "test_every_call.py", "test_store.py"),
     "folder.py": (*_FOLDER, "test_crash_states.py", "test_every_call.py", "test_store.py", "test_fuzz.py"),

@@ -283,7 +283,7 @@ def test_damage_found_late_is_raised_by_the_next_call_once(then: str, tmp_path: 
     store.save({"model": torch.ones(2 * MIB), "next": torch.ones(MIB)})
     flip(data_file(store, tmp_path / "s"), 4 * MIB)
     assert (store.load(mmap=True, verify="lazy")["model"] != 1).any()
-    for job in store._engine._checks:
+    for job in store._engine._jobs.checks:
         job.wait()
     calls = {
         "load": store.load,
