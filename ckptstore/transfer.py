@@ -181,14 +181,13 @@ class FileSink:
         if not self._sums and self._gathered:  # one small chunk: not worth a thread
             self._seal()
             self._sums.append(self._store(0, self._pieces, 0, self._cuts))
-            self._offset = self._gathered
         else:
             self._send()
             self._settle(self._running)
         sums = [one for found in self._sums for one in (found if isinstance(found, list) else found.result())]
         chunks = tuple((length, crc) for length, crc, _ in sums)
         digests = tuple(digest for _, _, digest in sums) if self._digest else ()
-        return FileEntry(self.path, self._offset, combine(chunks), chunks, digests=digests, digest=self._digest)
+        return FileEntry(self.path, self.size, combine(chunks), chunks, digests=digests, digest=self._digest)
 
     def abort(self) -> None:
         """Drop the file. Never raises for anything the storage does."""

@@ -108,7 +108,7 @@ def run_pytest(place: Path, arguments: Sequence[str], plugin: object) -> int:
 
     os.chdir(TESTS)
     os.environ.pop("CKPTSTORE_EVIDENCE", None)
-    options = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=1", f"--basetemp={place / 'tmp'}"]
+    options = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-profile=ci", f"--basetemp={place / 'tmp'}"]
     return int(pytest.main([*options, *arguments], [plugin]))
 
 

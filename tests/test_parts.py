@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptstore import transfer
 from ckptstore.checksum import crc64nvme
 from ckptstore.errors import StorageFull
 from ckptstore.manifest import CHUNK_LIMIT, FileEntry
 from ckptstore.protocol import Capabilities
 from ckptstore.transfer import FileSink
-from ckptstore.workers import Job, Workers
+from ckptstore.workers import Job, Workers, drain
 
 MIB = 1 << 20
 SERVICE = Capabilities(atomic_create=True, durable=True, part_size=64, parallel=4, min_part=40, max_parts=10_000)
@@ -205,6 +207,127 @@ def test_a_part_that_fails_is_told_by_a_later_write_or_by_close() -> None:
         sink.close()
     sink.abort()
     workers.close()
+
+
+class Held(Parts):
+    """Writes its first part only when somebody waits for that, in `awaited`; `seen` has what was done, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.begun, self._awaited = threading.Event(), threading.Event()
+        self.seen: list[str] = []
+        self.held = 0
+        """Number of the part."""
+
+        def awaited(jobs: list[Job[Any]]) -> None:
+            self.seen.append("awaited")
+            self._awaited.set()
+            drain(jobs)
+
+        monkeypatch.setattr(transfer, "drain", awaited)
+
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
+        if number == self.held:
+            self.begun.set()
+            self._awaited.wait(60)
+            self.seen.append("written")
+        else:
+            self.begun.wait(60)
+            raise StorageFull("full")
+
+    def abort(self) -> None:
+        self.seen.append("aborted")
+
+    def let_go(self) -> None:
+        self._awaited.set()
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    writer = Held(monkeypatch)
+    yield writer
+    writer.let_go()
+
+
+def test_an_interrupted_write_returns_when_nothing_moves_its_memory_or_ever_will(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def interrupt(data: memoryview, before: int = 0) -> int:
+        if len(left) == 2:  # one part is on its way, one waits
+            held.begun.wait(60)
+            assert sink._pieces
+            raise KeyboardInterrupt
+        left.append(len(data))
+        return 0
+
+    def awaited(jobs: list[Job[Any]]) -> None:
+        left.append(len(sink._pieces))
+        there(jobs)
+
+    there = transfer.drain  # type: ignore[attr-defined]
+    monkeypatch.setattr(transfer, "drain", awaited)
+    monkeypatch.setattr(transfer, "crc32", interrupt)
+    workers = Workers(2)
+    sink = FileSink("f", held, workers, DISK)
+    with pytest.raises(KeyboardInterrupt):
+        sink.write_summed(memoryview(bytes(4000)), 0)
+    assert held.seen == ["awaited", "written"]
+    assert left == [0, 1024, 0], "what waits is given up before anything else can go wrong"
+    workers.close()
+
+
+def test_a_file_is_dropped_when_nothing_is_written_to_it_any_more(held: Held) -> None:
+    workers, data = Workers(2), bytes(1000)
+    sink = FileSink("f", held, workers, DISK)
+    for _ in range(2):
+        sink.write_summed(memoryview(data), 0, data)
+    held.begun.wait(60)
+    sink.abort()
+    assert held.seen == ["awaited", "written", "aborted"]
+    workers.close()
+
+
+def test_closing_fails_when_nothing_moves_the_owners_memory_any_more(held: Held) -> None:
+    workers, data = Workers(2), bytes(1000)
+    held.held = 1
+    sink = FileSink("f", held, workers, DISK)
+    for _ in range(2):
+        sink.write_summed(memoryview(data), 0, data)
+    with pytest.raises(StorageFull):
+        sink.close()
+    assert held.seen == ["awaited", "written"]
+    workers.close()
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 3000])
+@pytest.mark.parametrize("storage", [DISK, replace(DISK, min_part=600)], ids=["disk", "service"])
+def test_it_is_said_how_much_was_taken_before_and_after_closing(size: int, storage: Capabilities) -> None:
+    workers = Workers(2)
+    sink = FileSink("f", Parts(), workers, storage)
+    sink.write(bytes(size))
+    assert sink.size == size
+    assert sink.close().size == size
+    assert sink.size == size
+    workers.close()
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("storage", [DISK, replace(DISK, min_part=600)], ids=["disk", "service"])
+def test_small_writes_are_gathered_but_not_without_end(storage: Capabilities, fine: bool) -> None:
+    workers, writer = Workers(2), Parts()
+    sink = FileSink("f", writer, workers, storage, fine=fine)
+    whole = b"".join(bytes([i]) * 50 for i in range(100))
+    for i in range(100):
+        sink.write(whole[50 * i : 50 * i + 50])
+        assert sink._gathered < 1024 + 50
+    entry = sink.close()
+    workers.close()
+    assert b"".join(data for _, data in (writer.parts[n] for n in sorted(writer.parts))) == whole
+    assert all(900 < len(data) < 1024 + 50 for _, data in list(writer.parts.values())[:-1])
+    assert all(length < 1024 + 50 for length, _ in entry.chunks)
+    assert len(entry.chunks) == (100 if fine else 5)
 
 
 def test_large_tensors_are_sent_from_where_they_are() -> None:
