@@ -227,6 +227,7 @@ def test_a_fork_while_another_thread_has_a_lock(tmp_path: Path, whose: str) -> N
 
         def in_child() -> bool:
             signal.alarm(_PATIENCE // 2)  # it may wait for ever
+            store.acquire()
             made = write(store, "child", {"a": bytes(1 << 20)}, step=2)
             store.close()
             return contents(store, made) == {"a": bytes(1 << 20)}

@@ -1,23 +1,28 @@
-"""The others on S3, where the same happens to their requests: ``torch.save`` and DCP through s3fs."""
+"""The others on S3 and Google Cloud Storage, where the same happens to their requests: ``torch.save`` and DCP through s3fs and gcsfs."""
 
 from __future__ import annotations
 
+import io
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import evidence
 import fsspec
+import gcs_rig
 import pytest
+import s3_rig
 import torch
 import torch.distributed.checkpoint as dcp
 from faulty_http import FaultyProxy
 from rivals import state_of_step, step_of_state
-from s3_rig import Service
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from wire_life import S3
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from wire_life import GCS, S3, Kind
 
-pytest_plugins = ("s3_fixtures",)
+pytest_plugins = ("gcs_fixtures", "s3_fixtures")
 
 _KINDS = ("reset before", "reset after", "reset in mid-body", "500", "503")
 
@@ -28,8 +33,8 @@ def _torch_save(url: str, options: dict[str, Any], step: int) -> None:
 
 
 def _torch_load(url: str, options: dict[str, Any], newest: int) -> int:
-    with fsspec.open(f"{url}/latest.pt", "rb", **options) as file:
-        return step_of_state(torch.load(file))
+    files, place = fsspec.url_to_fs(f"{url}/latest.pt", **options)
+    return step_of_state(torch.load(io.BytesIO(files.cat_file(place))))  # whole: not each server here knows of ranges
 
 
 def _dcp_save(url: str, options: dict[str, Any], step: int) -> None:
@@ -38,7 +43,11 @@ def _dcp_save(url: str, options: dict[str, Any], step: int) -> None:
 
 def _dcp_load(url: str, options: dict[str, Any], newest: int) -> int:
     state = state_of_step(0)
-    dcp.load(state, storage_reader=FsspecReader(f"{url}/step-{newest}", **options), no_dist=True)
+    files, place = fsspec.url_to_fs(f"{url}/step-{newest}", **options)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in files.find(place):
+            Path(folder, path.rpartition("/")[2]).write_bytes(files.cat_file(path))
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
     return step_of_state(state)
 
 
@@ -48,27 +57,57 @@ SUBJECTS: dict[str, tuple[Callable[..., None], Callable[..., int]]] = {
 }
 
 
+@dataclass
+class Reached:
+    """A service, as fsspec gets to it."""
+
+    name: str
+    url: str
+    upstream: str
+    kinds: Mapping[str, Kind]
+    options: Callable[[str], dict[str, Any]]
+    """For an address."""
+
+
+def _s3(address: str) -> dict[str, Any]:
+    return {"client_kwargs": {"endpoint_url": address}, "skip_instance_cache": True}
+
+
+def _gcs(address: str) -> dict[str, Any]:
+    return {"endpoint_url": address, "token": "anon", "project": "p", "skip_instance_cache": True}
+
+
+@pytest.fixture(params=["S3", "GCS"])
+def reached_by_fsspec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Reached:
+    if request.param == "S3":
+        s3: s3_rig.Service = request.getfixturevalue("server")
+        return Reached("S3", f"s3://{s3.place()}", s3.server.endpoint_url, S3, _s3)
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # else it looks for another kind of service, for a minute
+    gcs: gcs_rig.Service = request.getfixturevalue("fake_gcs")
+    return Reached("GCS", f"gs://{gcs.place()}", gcs.layer.url, GCS, _gcs)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_the_same_happens_to_others(server: Service, subject: str, kind: str) -> None:
-    """Only counted: what was acknowledged last, or was being saved, must be there."""
+def test_the_same_happens_to_others(reached_by_fsspec: Reached, subject: str, kind: str) -> None:
+    """Only counted: what was acknowledged last, or was being saved, must be there. A file that is renamed is copied there: not tried."""
     save, load = SUBJECTS[subject]
-    url = f"s3://{server.place()}"
+    service, what = reached_by_fsspec, reached_by_fsspec.kinds[kind]
     points = violations = 0
-    with FaultyProxy(server.server.endpoint_url) as proxy, warnings.catch_warnings():
+    with FaultyProxy(service.upstream) as proxy, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        direct = {"client_kwargs": {"endpoint_url": server.server.endpoint_url}, "skip_instance_cache": True}
-        faulty = {**direct, "client_kwargs": {"endpoint_url": proxy.url}}
-        save(url, faulty, 1)
+        direct, faulty = service.options(service.upstream), service.options(proxy.url)
+        save(service.url, faulty, 1)
         acknowledged = 1
+        assert load(service.url, direct, 1) == 1
         for nth in range(1, 100):
             step = nth + 1
             seen = iter(range(1, 1000))
-            proxy.inject(S3[kind].fault, lambda r, nth=nth, seen=seen: S3[kind].applies(r) and next(seen) == nth)
+            proxy.inject(what.fault, lambda r, nth=nth, seen=seen: what.applies(r) and next(seen) == nth)
             said = True
             try:
-                save(url, faulty, step)
+                save(service.url, faulty, step)
             except (Exception, dcp.CheckpointException):
                 said = False
             if proxy.pending:
@@ -77,12 +116,14 @@ def test_the_same_happens_to_others(server: Service, subject: str, kind: str) ->
             found = None
             for newest in (step, acknowledged):
                 try:
-                    found = load(url, direct, newest)
+                    found = load(service.url, direct, newest)
                     break
                 except (Exception, dcp.CheckpointException):
                     continue
             violations += found != step and (said or found != acknowledged)
             acknowledged = step if said else found or acknowledged
         proxy.heal()
-    evidence.record(f"S3: {kind} at every request", points=points, fired=points, violations=violations, subject=subject)
+    evidence.record(
+        f"{service.name}: {kind} at every request", points=points, fired=points, violations=violations, subject=subject
+    )
     assert points > 0
