@@ -23,7 +23,7 @@ from test_kill import content, save_parts
 from ckptstore import Checkpoint, Store
 from ckptstore.errors import CkptStoreError, CommitUnknown, FallbackWarning
 
-__all__ = ["CALLS", "Call", "Possible", "Strace", "attached", "calls_of", "grow", "keep_house", "save_twice"]
+__all__ = ["AGAIN", "CALLS", "Call", "Possible", "Strace", "attached", "calls_of", "grow", "keep_house", "save_twice"]
 
 CALLS = (
     *("openat", "close", "read", "pread64", "preadv", "write", "writev", "pwrite64", "lseek", "ftruncate", "fallocate"),
@@ -32,6 +32,8 @@ CALLS = (
     *("faccessat2", "readlink", "readlinkat", "fcntl"),
 )
 """What may be done to a file or a folder, as far as strace knows it on this machine."""
+AGAIN = 10
+"""How often a process is run until one of its threads makes a call: which one does is up to chance."""
 
 
 @dataclass(frozen=True)

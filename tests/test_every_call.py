@@ -9,7 +9,7 @@ from pathlib import Path
 import evidence
 import pytest
 import rivals
-from every_call import Call, Possible, attached, calls_of, grow, keep_house, save_twice
+from every_call import AGAIN, Call, Possible, attached, calls_of, grow, keep_house, save_twice
 from procs import Nursery, nursery
 
 from ckptstore import Store
@@ -56,7 +56,18 @@ def calls(warm: Nursery, grown: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def strike(warm: Nursery, grown: Path, place: Path, call: Call, fault: str) -> tuple[bool, list[str]]:
-    """Have something happen at a call; return whether it did, and what is wrong then."""
+    """Have something happen at a call; return whether it did, and what is wrong then.
+
+    Which of its threads makes a call is up to chance, and the last ones of one may be another one's: then all is done once more.
+    """
+    for _ in range(AGAIN):
+        fired, violations = _strike(warm, grown, place, call, fault)
+        if fired or violations:
+            break
+    return fired, violations
+
+
+def _strike(warm: Nursery, grown: Path, place: Path, call: Call, fault: str) -> tuple[bool, list[str]]:
     shutil.copytree(grown, place)
     with Store(place) as store:
         possible = Possible.of(dict(store.names()))
@@ -99,7 +110,7 @@ def test_nothing_can_be_removed_from_then_on(ram: Path, warm: Nursery, grown: Pa
         if call.name == "unlinkat":
             happened, violations = strike(warm, grown, ram / "store", call, "EIO from then on")
             assert violations == [], call
-            fired += happened  # the last ones of a thread may be another thread's this time
+            fired += happened
     assert fired >= 4
 
 
