@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 import zlib
@@ -206,6 +207,27 @@ def test_a_part_that_fails_is_told_by_a_later_write_or_by_close() -> None:
             sink.write_summed(memoryview(data), 0, data)
         sink.close()
     sink.abort()
+    workers.close()
+
+
+@pytest.mark.parametrize("least", [0, 10, 40, 64])
+def test_each_part_comes_to_a_service_with_its_checksum(least: int) -> None:
+    """So the service can compare it with what arrived, which it does a part at a time."""
+    came: list[int | None] = []
+
+    class Told(Parts):
+        def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
+            assert crc == crc64nvme(data)
+            came.append(crc)
+
+    workers = Workers(1)
+    for sizes in itertools.product(range(0, 150, 11), repeat=2):
+        sink = FileSink("f", Told(), workers, replace(SERVICE, min_part=least))
+        for size in sizes:
+            sink.write(bytes([size]) * size)
+        entry = sink.close()
+        assert [crc for _, crc in entry.chunks] == came
+        came.clear()
     workers.close()
 
 
