@@ -325,7 +325,6 @@ class _NotDurable(Exception):
     """Carries what went wrong with the files past those who would take it for an answer about the record."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__()
         self.error = error
 
 

@@ -46,7 +46,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_lost_answers.py",
         "test_protocol_model.py",
     ),
-    "transaction.py": (*_PROTOCOL, "test_interrupted.py", "test_crash_states.py"),
+    "transaction.py": ("test_transaction.py", *_PROTOCOL, "test_interrupted.py", "test_crash_states.py"),
     "engine.py": ("test_engine.py", *_PROTOCOL, "test_damage.py", "test_hmac.py", "test_forged.py", "test_loading.py"),
     "retention.py": ("test_retention.py", "test_store.py"),
     "backends/local.py": (*_FOLDER, "test_crash_states.py", "test_every_call.py", "test_store.py"),

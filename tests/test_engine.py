@@ -74,6 +74,20 @@ def test_what_is_off_the_record_is_forgotten() -> None:
         assert len(store._engine.deleted) == 1
 
 
+def test_what_is_found_again_is_not_written_down_again() -> None:
+    backend = new_memory()
+    with store_on(backend) as store:
+        write(store)
+        assert store.verify() == []
+        write(store)
+        assert store.verify("latest") == []
+        write(store)
+        state = state_of(backend)
+        assert [e.verified for e in state.checkpoints] == [True, None]
+        assert store.verify(state.checkpoints[0].id) == []
+        assert store._engine.write_down(state).checkpoints is state.checkpoints
+
+
 def test_gc_deletes_what_it_can_and_then_tells_of_the_first_that_it_could_not() -> None:
     backend = new_memory()
     with store_on(backend) as store:
