@@ -218,7 +218,9 @@ def test_what_a_check_has_found_is_raised_once_without_waiting_for_others() -> N
         store._engine.check_later(check)
         store._engine.check_later(lambda: over.set() or (hold.wait() and None))
         over.wait()  # there is one thread for them
-        with pytest.raises(DamagedFile, match="found late"):
-            store.load()
-        store._engine.raise_late()
-        hold.set()
+        try:
+            with pytest.raises(DamagedFile, match="found late"):
+                store.load()
+            store._engine.raise_late()
+        finally:
+            hold.set()
