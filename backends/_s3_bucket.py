@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,7 +118,7 @@ class Bucket:
     def put(self, key: str, data: bytes, **condition: str) -> str | None:
         """Write one object at one go; return the service's own checksum, None if it has none."""
         crc = {"ChecksumCRC64NVME": base64_crc(crc64nvme(data))}
-        answer, _ = self._negotiated("put_object", key, crc, Body=_Body(memoryview(data)), **self.encryption, **condition)
+        answer, _ = self._negotiated("put_object", key, crc, Body=_Body([memoryview(data)]), **self.encryption, **condition)
         return recorded(answer)
 
     def begin_upload(self, key: str) -> tuple[str, bool]:
@@ -127,10 +127,10 @@ class Bucket:
         answer, checksums = self._negotiated("create_multipart_upload", key, crc, **self.encryption)
         return str(answer["UploadId"]), checksums
 
-    def upload_part(self, key: str, upload: str, number: int, data: memoryview, crc: int | None) -> dict[str, Any]:
-        """Send part `number`, from 1, and return how the completion has to name it."""
-        check = {"ContentMD5": _md5(data)} if crc is None else {"ChecksumCRC64NVME": base64_crc(crc)}
-        answer = self.call("upload_part", key, UploadId=upload, PartNumber=number, Body=_Body(data), **check)
+    def upload_part(self, key: str, upload: str, number: int, pieces: Sequence[memoryview], crc: int | None) -> dict[str, Any]:
+        """Send part `number`, from 1, which is `pieces` of bytes one behind the other, and return how the completion has to name it."""
+        check = {"ContentMD5": _md5(*pieces)} if crc is None else {"ChecksumCRC64NVME": base64_crc(crc)}
+        answer = self.call("upload_part", key, UploadId=upload, PartNumber=number, Body=_Body(pieces), **check)
         named = {"PartNumber": number, "ETag": answer["ETag"]}
         return named if crc is None else {**named, **check}
 
@@ -158,7 +158,7 @@ class Bucket:
                 elif operation == "put_object" and not self._proven:
                     self._fall_back()  # it did not look at ours
                 return answer, True
-        md5 = {"ContentMD5": _md5(params["Body"].data)} if "Body" in params else {}
+        md5 = {"ContentMD5": _md5(*params["Body"].pieces)} if "Body" in params else {}
         answer = self.call(operation, key, **md5, **params)
         self._fall_back()
         return answer, False
@@ -262,43 +262,49 @@ def _sign_as(config: Config, request: Any, **_: Any) -> None:
 
 
 class _Body(io.RawIOBase):
-    """Memory as the file that the SDK asks for, without a copy."""
+    """Pieces of memory as the one file that the SDK asks for, without a copy."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data = data.cast("B")
+    def __init__(self, pieces: Sequence[memoryview]) -> None:
+        self.pieces = pieces
+        self._size = sum(map(len, pieces))
         self._at = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        piece = self.data[self._at : self._at + len(buffer)]
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+        start = self._at
+        for piece in self.pieces:
+            if start < len(piece):
+                found = piece[start : start + len(buffer)]
+                buffer[: len(found)] = found
+                self._at += len(found)
+                return len(found)
+            start -= len(piece)
+        return 0
 
     def seekable(self) -> bool:
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self.data)}[whence]
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
 
 class _Pieces:
     """Memory as a body that is sent piece by piece, as often as asked for."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
+    def __init__(self, pieces: Sequence[memoryview]) -> None:
+        self._pieces = pieces
 
     def __iter__(self) -> Iterator[memoryview]:
-        return (self._data[start : start + _PIECE] for start in range(0, len(self._data), _PIECE))
+        return (data[start : start + _PIECE] for data in self._pieces for start in range(0, len(data), _PIECE))
 
 
 def _send_memory(request: Any, **_: Any) -> None:
     """Let the socket take a part from memory: 16 KiB at a time, as the SDK reads files, cost more than sending them."""
     if isinstance(request.body, _Body):
-        request.body = _Pieces(request.body.data)
+        request.body = _Pieces(request.body.pieces)
 
 
 def recorded(answer: Mapping[str, Any]) -> str | None:
@@ -322,8 +328,11 @@ def base64_crc(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(8, "big")).decode()
 
 
-def _md5(data: bytes | memoryview) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+def _md5(*pieces: bytes | memoryview) -> str:
+    whole = hashlib.md5(usedforsecurity=False)
+    for piece in pieces:
+        whole.update(piece)
+    return base64.b64encode(whole.digest()).decode()
 
 
 def _size(text: str) -> int:

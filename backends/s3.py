@@ -53,6 +53,7 @@ class S3Backend:
             parallel=bucket.parallel,
             min_part=5 << 20,
             max_parts=10_000,
+            gathers=True,
             remote=True,
             probe=True,
         )
@@ -244,15 +245,19 @@ class _S3Writer:
 
     def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
+        self.write_pieces(offset, [data.cast("B")] if data.nbytes else [], number, crc)
+
+    def write_pieces(self, offset: int, pieces: Sequence[memoryview], number: int, crc: int | None = None) -> None:
+        """See `GatheringWriter.write_pieces`."""
         with self._lock:
-            if number == 0 and not self._upload and data.nbytes < self._backend.capabilities.part_size:
-                self._first = bytes(data)
+            if number == 0 and not self._upload and sum(map(len, pieces)) < self._backend.capabilities.part_size:
+                self._first = b"".join(pieces)
                 return
             if not self._upload:
                 with self._bucket.mapped("begin to write", self._key):
                     self._upload, self._checksums = self._bucket.begin_upload(self._key)
         self._send_first()
-        self._send(number, data, crc)
+        self._send(number, pieces, crc)
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`. It would cost a request, or a thread."""
@@ -277,25 +282,25 @@ class _S3Writer:
             first, self._first = self._first, None
         if first is not None:
             try:
-                self._send(0, memoryview(first))
+                self._send(0, [memoryview(first)])
             except BaseException:
                 self._first = first
                 raise
 
-    def _send(self, number: int, data: memoryview, known: int | None = None) -> None:
-        crc = crc64nvme(data) if known is None else known
+    def _send(self, number: int, pieces: Sequence[memoryview], known: int | None = None) -> None:
+        crc = _crc(pieces) if known is None else known
         try:
             with self._bucket.mapped(f"write part {number + 1} of", self._key):
-                named = self._bucket.upload_part(self._key, self._upload, number + 1, data, crc if self._checksums else None)
+                named = self._bucket.upload_part(self._key, self._upload, number + 1, pieces, crc if self._checksums else None)
         except BackendError as exc:  # perhaps because the service has compared
-            self._check_unchanged(data, crc, exc)
+            self._check_unchanged(pieces, crc, exc)
             raise
         if not self._checksums and known is not None:  # the service has compared something that was computed later
-            self._check_unchanged(data, crc, None)
-        self._parts[number] = (named, data.nbytes, crc)
+            self._check_unchanged(pieces, crc, None)
+        self._parts[number] = (named, sum(map(len, pieces)), crc)
 
-    def _check_unchanged(self, data: memoryview, crc: int, cause: BackendError | None) -> None:
-        if crc64nvme(data) != crc:
+    def _check_unchanged(self, pieces: Sequence[memoryview], crc: int, cause: BackendError | None) -> None:
+        if _crc(pieces) != crc:
             path = self._key.split("/", 2)[-1]
             what = f"{path} changed in memory while it was sent, so nothing is published"
             raise DamagedFile(f"{what}; let nothing write to tensors during a save", path) from cause
@@ -353,6 +358,13 @@ def _difference(found: ObjectInfo, size: int, crc: int) -> str | None:
     if found.size == size and (not known or found.checksum == spelled(crc)):
         return None
     return f"arrived as {found.size} bytes, {found.checksum}, not {size}, {spelled(crc)}"
+
+
+def _crc(pieces: Sequence[memoryview]) -> int:
+    crc = 0
+    for piece in pieces:
+        crc = crc64nvme(piece, crc)
+    return crc
 
 
 def _fill(buffer: memoryview, body: HTTPResponse) -> None:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
-__all__ = ["Backend", "Capabilities", "LocalFiles", "ObjectInfo", "PartWriter"]
+__all__ = ["Backend", "Capabilities", "GatheringWriter", "LocalFiles", "ObjectInfo", "PartWriter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Capabilities:
     """Bytes that every part but the last has at least (S3: 5 MiB)."""
     max_parts: int = 0
     """How many parts a file may have, so that they must grow with it (S3: 10 000); 0: any number."""
+    gathers: bool = False
+    """Writers have `GatheringWriter.write_pieces`. Asked for only where parts are limited, by `min_part` or `max_parts`."""
     remote: bool = False
     """Each call is a request over a network: few requests matter, and what failed in between is worth repeating."""
     probe: bool = False
@@ -97,6 +99,13 @@ class PartWriter(Protocol):
 
     def abort(self) -> None:
         """Drop what was written. Idempotent; MUST NOT raise for anything the storage does; does nothing after a successful `finish`."""
+
+
+class GatheringWriter(PartWriter, Protocol):
+    """A writer to which a part may be given from several places in memory, which else would have to be copied together."""
+
+    def write_pieces(self, offset: int, pieces: Sequence[memoryview], number: int, crc: int | None = None) -> None:
+        """Do as `PartWriter.write` with `pieces`, of bytes, none of them empty, one behind the other."""
 
 
 @runtime_checkable

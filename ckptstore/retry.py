@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from .errors import Ambiguous, Throttled, Transient
-from .protocol import Backend, ObjectInfo, PartWriter
+from .protocol import Backend, GatheringWriter, ObjectInfo, PartWriter
 from .workers import Bell
 from .wrapper import Wrapper
 
@@ -167,6 +167,11 @@ class _PersistentWriter:
     def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
         self._backend.again(lambda: self._inner.write(offset, data, number, crc))
+
+    def write_pieces(self, offset: int, pieces: Sequence[memoryview], number: int, crc: int | None = None) -> None:
+        """See `GatheringWriter.write_pieces`."""
+        inner = cast(GatheringWriter, self._inner)
+        self._backend.again(lambda: inner.write_pieces(offset, pieces, number, crc))
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`."""

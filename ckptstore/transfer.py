@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from .checksum import combine, crc32, crc64nvme, digest_of
 from .manifest import CHUNK_LIMIT, FileEntry
-from .protocol import Capabilities, PartWriter
+from .protocol import Capabilities, GatheringWriter, PartWriter
 from .workers import Job, Workers, drain
 
 __all__ = ["FileSink"]
@@ -21,7 +22,8 @@ class FileSink:
     """A write-only file object that sends what it gets to a `PartWriter` in checked chunks.
 
     Small writes are gathered into chunks of the storage's part size; a large one is cut and sent from the caller's own memory. Where parts
-    may have any size, a chunk may be several of them, each written from where it lies. Used by one thread.
+    may have any size, a chunk may be several of them, each written from where it lies. Where they are limited, each but the last is as long
+    as it should be, gathered from wherever its bytes lie. Used by one thread.
 
     With a single worker, which then does nothing but write, the caller hashes: one file takes one write at a time, and while it does, there
     is time for the next part's sums.
@@ -92,9 +94,9 @@ class FileSink:
             self._copy(view)
             return 0 if crc is None else crc32(view, crc)
         try:
-            crc = self._cut(view, crc, owner)
+            crc = self._cut(view, crc, owner) if self._any_size else self._fill(view, crc, owner)
             if owner is None:
-                if self._pieces:
+                if self._any_size:
                     self._send()
                 self._settle(self._running)
         except BaseException:
@@ -112,43 +114,44 @@ class FileSink:
             self._cut_count += 1
 
     def _least_uncopied(self, *, lasting: bool) -> int:
-        if not self._any_size:
-            return self._part() // 2
-        return self._worthwhile if lasting else self._alone
+        if lasting:
+            return self._worthwhile
+        # Of what does not fill a limited part, nothing could be sent now.
+        return self._alone if self._any_size else max(self._alone, self._part() - self._gathered)
 
     def _cut(self, view: memoryview, crc: int | None, owner: object) -> int:
-        """Send `view` in pieces, from where it lies; return its CRC-32 as `write_summed`, if `crc` is not None."""
-        start = done = 0
-        if self._any_size:
-            if len(view) >= self._alone:
-                self._send()
-        elif self._copied:
-            start = max(0, self._least() - len(self._copied))
-            self._copy(view[:start])
-            if len(self._copied) >= self._least():
-                self._send()
-        while True:
-            if crc is not None:
-                crc = crc32(view[done:start], crc)
-            done = start
-            if len(view) - start < max(1, self._least()):
-                break
+        """Take `view` from where it lies; return its CRC-32 as `write_summed`, if `crc` is not None."""
+        if len(view) >= self._alone:
+            self._send()
+        for start in range(0, len(view), self._part()):
             piece = view[start : start + self._part()]
-            start += len(piece)
+            if self._gathered + len(piece) > self._part() + self._worthwhile:
+                self._send()
             self._append(piece, owner)
-        if start < len(view):
-            self._copy(view[start:])
-            return 0 if crc is None else crc32(view[start:], crc)
+            if crc is not None:
+                crc = crc32(piece, crc)
+        return crc or 0
+
+    def _fill(self, view: memoryview, crc: int | None, owner: object) -> int:
+        """Do as `_cut` where parts are limited: fill the next part, send it, and so on."""
+        while view:
+            piece = view[: self._part() - self._gathered]
+            view = view[len(piece) :]
+            full = self._gathered + len(piece) == self._part()
+            if len(piece) < self._worthwhile or not (full or owner is not None):
+                self._copy(piece)
+            else:
+                self._append(piece, owner)
+                if full:
+                    self._send()
+            if crc is not None:
+                crc = crc32(piece, crc)
         return crc or 0
 
     def _append(self, piece: memoryview, owner: object) -> None:
-        if self._gathered + len(piece) > self._part() + self._worthwhile:
-            self._send()
         self._seal()
         self._pieces.append((piece, owner))
         self._gathered += len(piece)
-        if not self._any_size:
-            self._send()
 
     def _copy(self, view: memoryview) -> None:
         if self._any_size and self._gathered + len(view) > self._part() + self._worthwhile:
@@ -166,12 +169,7 @@ class FileSink:
     def _part(self) -> int:
         """Return the size of the next part. Where their number is limited they grow: 10 000 from 5 MiB on make 5 TiB."""
         growth = 1 + max(0, len(self._sums) - 1000) // 36 if self._storage.max_parts else 1
-        return min(self._storage.part_size * growth, CHUNK_LIMIT)
-
-    def _least(self) -> int:
-        """Return the size below which no part may be but the last. One that has grown must be whole, lest 10 000 be too few."""
-        part = self._part()
-        return part if part > self._storage.part_size else self._storage.min_part
+        return max(self._storage.min_part, min(self._storage.part_size * growth, CHUNK_LIMIT))
 
     def flush(self) -> None:
         """Do nothing: durability comes with the commit."""
@@ -205,7 +203,7 @@ class FileSink:
         sums = self._hash(pieces, cuts) if self._workers.count == 1 else None
         job = self._workers.begin(self._running, self._store, self._offset, pieces, self._parts, cuts, sums)
         self._sums.append(job)
-        self._parts += len(pieces)
+        self._parts += len(pieces) if self._any_size else 1
         self._offset += self._gathered
         self._gathered = 0
 
@@ -213,11 +211,18 @@ class FileSink:
         """Write consecutive pieces, in which chunks begin at `cuts`, counted from their first byte, and hash them if that is to be done."""
         # All is hashed before the first write: where pieces go in order, threads wait there, and need not hash then.
         sums = sums or self._hash(pieces, cuts)
-        whole = combine((length, crc) for length, crc, _ in sums) if not self._any_size and len(pieces) == 1 else None
-        for view, _ in pieces:
-            self.writer.write(offset, view, number, whole)
-            offset += len(view)
-            number += 1
+        views = [view for view, _ in pieces]
+        if self._any_size:
+            for view in views:
+                self.writer.write(offset, view, number)
+                offset += len(view)
+                number += 1
+        else:
+            crc = combine((length, crc) for length, crc, _ in sums)
+            if self._storage.gathers:
+                cast(GatheringWriter, self.writer).write_pieces(offset, views, number, crc)
+            else:
+                self.writer.write(offset, views[0] if len(views) == 1 else memoryview(b"".join(views)), number, crc)
         return sums
 
     def _hash(self, pieces: list[_Piece], cuts: Sequence[int]) -> _Sums:

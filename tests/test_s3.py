@@ -162,7 +162,7 @@ def test_bytes_changed_on_the_way_are_refused_by_the_service(
 ) -> None:
     write(backend, "data/x/ok", b"")
     for module in (s3_module, bucket_module):
-        monkeypatch.setattr(module, "crc64nvme", lambda data: 12345)
+        monkeypatch.setattr(module, "crc64nvme", lambda data, before=0: 12345)
     writer = backend.open_writer("data/x/state.pt")
     with pytest.raises(errors.Transient, match="changed on their way"):
         writer.write(0, memoryview(bytes(size)), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,13 +61,13 @@ class _Restless(Wrapper):
 
     def open_writer(self, key: str) -> PartWriter:
         writer = self.inner.open_writer(key)
-        passed_on = writer.write
+        passed_on = writer.write_pieces  # type: ignore[attr-defined]
 
-        def write(offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
+        def write(offset: int, pieces: Sequence[memoryview], number: int, crc: int | None = None) -> None:
             self.memory[-1] = (self.memory[-1] + 1) % 256  # not back to what it was, with a part in another thread
-            passed_on(offset, data, number, crc)
+            passed_on(offset, pieces, number, crc)
 
-        writer.write = write  # type: ignore[method-assign]
+        writer.write_pieces = write  # type: ignore[attr-defined]
         return writer
 
 

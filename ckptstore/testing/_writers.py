@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import cast
+
 import pytest
 
 from ..errors import AlreadyExists, NotFound
+from ..protocol import GatheringWriter
 from ._conformance import Conformance, in_parallel, some_bytes
 
 __all__ = ["WriterConformance"]
@@ -38,6 +42,23 @@ class WriterConformance(Conformance):
         read = bytearray(len(data))
         self.backend.read_into("data/x/state.pt", 0, memoryview(read))
         assert read == data
+        assert self.raw_get("data/x/state.pt") == data
+
+    def test_a_part_may_come_in_pieces(self) -> None:
+        storage = self.backend.capabilities
+        if not storage.gathers:
+            pytest.skip("the backend does not say that it takes them")
+        part = max(storage.part_size, storage.min_part)
+        data = some_bytes(2 * part + 7)
+        writer = cast(GatheringWriter, self.backend.open_writer("data/x/state.pt"))
+        for number, cuts in enumerate(
+            ([0, 1, 100_000, part], [part, 2 * part - 1, 2 * part], [2 * part, 2 * part + 3, len(data)])
+        ):
+            pieces = [bytearray(data[start:stop]) for start, stop in itertools.pairwise(cuts)]
+            writer.write_pieces(cuts[0], [memoryview(piece) for piece in pieces], number)
+            for piece in pieces:
+                piece[:] = bytes(len(piece))  # as above
+        writer.finish()
         assert self.raw_get("data/x/state.pt") == data
 
     def test_nothing_is_visible_before_finish(self) -> None:

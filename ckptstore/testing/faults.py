@@ -6,10 +6,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 from ..errors import InvalidURL, UsageError
-from ..protocol import Backend, ObjectInfo, PartWriter
+from ..protocol import Backend, GatheringWriter, ObjectInfo, PartWriter
 
 __all__ = ["Fault", "FaultyBackend"]
 
@@ -136,6 +136,11 @@ class _FaultyWriter:
     def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
         """See `PartWriter.write`."""
         self._backend.run("writer.write", lambda: self._inner.write(offset, data, number, crc))
+
+    def write_pieces(self, offset: int, pieces: Sequence[memoryview], number: int, crc: int | None = None) -> None:
+        """See `GatheringWriter.write_pieces`."""
+        inner = cast(GatheringWriter, self._inner)
+        self._backend.run("writer.write", lambda: inner.write_pieces(offset, pieces, number, crc))
 
     def start_finish(self) -> None:
         """See `PartWriter.start_finish`."""
