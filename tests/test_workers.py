@@ -185,6 +185,16 @@ def test_the_threads_end_when_what_they_were_for_is_dropped() -> None:
         assert not thread.is_alive()
 
 
+def test_what_is_to_have_a_new_lock_in_a_fork_is_forgotten_when_it_is_dropped() -> None:
+    gc.collect()
+    before = set(workers._owners)
+    some = [Workers(1) for _ in range(3)]
+    assert set(workers._owners) - before == {id(one) for one in some}
+    del some
+    gc.collect()
+    assert set(workers._owners) <= before
+
+
 def test_a_map_runs_ahead_keeps_the_order_and_ends_what_it_began() -> None:
     some = Workers(2)
     begun: list[int] = []
