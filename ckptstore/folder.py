@@ -74,10 +74,9 @@ class FolderBackend:
             try:
                 if size > limit:
                     raise BackendError(errno.EFBIG, f"{size} bytes long, more than the {limit} that belong here", self._path(key))
-                data = os.pread(fd, size, 0)
-                while len(data) < size and (more := os.pread(fd, size - len(data), len(data))):
-                    data += more
-                return data
+                buffer = bytearray(size)
+                got = read_full(fd, 0, memoryview(buffer))
+                return bytes(memoryview(buffer)[:got])
             finally:
                 close_read(fd)
 
