@@ -44,6 +44,10 @@ CERTAIN = {
 """What the plain run tries, each with the test that notices it."""
 
 
+SHARES = 3
+"""Parts that the mutants of a module are tried in, so that what was interrupted goes on with the next part."""
+
+
 @pytest.fixture(scope="module")
 def mutants() -> dict[str, Mutant]:
     found = [m for module in MODULES for m in mutants_of(module)]
@@ -110,11 +114,12 @@ def known_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize("module", MODULES)
-def test_every_mistake_is_noticed(mutants: dict[str, Mutant], module: str, known_tests: Path) -> None:
-    mine = [m for m in mutants.values() if m.module == module]
+def test_every_mistake_is_noticed(mutants: dict[str, Mutant], module: str, share: int, known_tests: Path) -> None:
+    mine = [m for m in mutants.values() if m.module == module][share::SHARES]
     known = equivalent()
-    found = tried_out(module, "--survey", str(known_tests))
+    found = tried_out(module, "--share", f"{share}/{SHARES}", "--survey", str(known_tests))
     assert found.keys() == {m.key for m in mine}
     survivors = [key for key, by in found.items() if not by]
     unknown = [key for key in survivors if key not in known]
