@@ -141,7 +141,7 @@ def compare(kind: str, where: str, place: Path) -> dict[str, Any]:
     assert ours == theirs, "the two did not come to the same"
     ways = {way: partial(in_child, partial(timed, way, kind, place)) for way in WAYS}
     way, beside = WAYS
-    targets = [Target(way, beside, 0.5, clock) for clock in ("wall", "cpu")]
+    targets = [Target(way, beside, 0.5)]
     return paired(f"{kind}, {where}, in a new process", ways, ROUNDS, targets, size=size, warm=0)
 
 
