@@ -441,6 +441,21 @@ def test_damaged_newest_records_are_passed_over(bad: int) -> None:
     assert (head.slot, head.record.n, len(head.damaged)) == (20, 20 - bad, bad)
 
 
+@pytest.mark.parametrize("known", [0, 1, 5])
+@pytest.mark.parametrize("n", [2, 7])
+def test_a_foreign_record_is_passed_over_by_who_knows_the_log_and_by_who_does_not(n: int, known: int) -> None:
+    backend = filled(n)
+    later = {i: objects(backend).pop(slot_key(i)) for i in range(min(known, n - 1) + 1, n + 1)}
+    log = Log(backend)
+    if known:
+        assert log.head().slot == min(known, n - 1)
+    objects(backend).update({slot_key(i): data for i, data in later.items()})
+    objects(backend)[slot_key(n)] = encode(record(n, prev="0" * 64))
+    head = log.head()
+    assert (head.slot, head.record.n) == (n, n - 1)
+    assert f"commit record {n} does not continue commit record {n - 1}" in head.damaged[0]
+
+
 def test_damaged_older_records_are_told_when_asked_for() -> None:
     backend = filled(6)
     objects(backend)[slot_key(5)] = b"rubbish"
