@@ -579,3 +579,11 @@ def test_a_folder_that_other_hosts_may_write_to_is_warned_about(tmp_path: Path, 
     backend = LocalBackend.open(str(tmp_path), {})
     with pytest.warns(StoreWarning, match=f"nfs4.*shared://{tmp_path}"):
         assert list(backend.list("")) == []
+
+
+def test_on_the_way_down_only_the_innermost_folder_is_held(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with posix.Folders(str(tmp_path), os.open(tmp_path, os.O_RDONLY)) as folders:
+        folders.descend("a")
+        folders.descend("b")
+        assert [os.fstat(fd).st_ino for fd in folders.fds] == [(tmp_path / "a" / "b").stat().st_ino]
