@@ -11,7 +11,8 @@ from typing import Any
 
 from . import archive
 from .archive import Outline
-from .reading import StoredFile, VerifiedFile
+from .reading import StoredFile
+from .verifiedfile import VerifiedFile
 
 __all__ = ["CheckedFile", "checked_outline"]
 

@@ -19,11 +19,12 @@ from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
 from .protocol import LocalFiles
 from .ranges import read_ranges
-from .reading import StoredFile, VerifiedFile, check_size, damaged_ranges
+from .reading import StoredFile, check_size, damaged_ranges
 from .record import Entry
 
 if TYPE_CHECKING:
     import torch
+from .verifiedfile import VerifiedFile
 
 __all__ = ["LOADERS", "RNG_FILE", "STATE_FILE", "Checkpoint", "Damage"]
 

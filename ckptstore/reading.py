@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
 
 from .checksum import crc64nvme, digest_of, new_digest
 from .errors import DamagedFile, NotFound, Unreadable
@@ -18,7 +16,7 @@ from .pages import NewMemory
 from .protocol import Backend, LocalFiles, ObjectInfo
 from .workers import Workers
 
-__all__ = ["Piece", "StoredFile", "VerifiedFile", "check_size", "damaged_ranges", "read_chunk"]
+__all__ = ["Chunks", "Pass", "Piece", "StoredFile", "check_size", "damaged_ranges", "read_chunk"]
 
 Piece = tuple[int, memoryview]
 """The first byte of a part of a file, and the memory that it is to be read into."""
@@ -116,7 +114,7 @@ class StoredFile:
 
     def _pass(self, targets: list[Piece], numbers: Iterable[int]) -> None:
         with opened(self.backend, self.key) as (read_into, block), NewMemory(view for _, view in targets) as new:
-            one = _Pass(self._chunks, read_into, block, targets, new)
+            one = Pass(self._chunks, read_into, block, targets, new)
             jobs = list(_jobs(self._chunks.spans(numbers, block), self.backend.capabilities.part_size))
 
             def several(spans: list[Span]) -> None:
@@ -206,7 +204,7 @@ def opened(backend: Backend, key: str) -> Iterator[tuple[_ReadInto, int]]:
         yield read_into, _BLOCK
 
 
-class _Pass:
+class Pass:
     """Reads spans of chunks, in any thread: checks them, and puts what belongs into the targets there."""
 
     def __init__(
@@ -309,7 +307,7 @@ def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, number
     Raises:
         DamagedFile: it fails its checksum, the disk has lost it, or the file went missing.
     """
-    one = _Pass(Chunks(entry, key), partial(backend.read_into, key), len(into), [(offset, into)])
+    one = Pass(Chunks(entry, key), partial(backend.read_into, key), len(into), [(offset, into)])
     if damage := one((offset, offset + len(into), number, number + 1)):
         raise damage[0]
 
@@ -330,7 +328,7 @@ def damaged_ranges(
     there = [n for n, start in enumerate(chunks.starts) if start + entry.chunks[n][0] <= size]
     bad: list[tuple[int, int]] = []
     with opened(backend, key) as (read_into, block):
-        one = _Pass(chunks, read_into, block)
+        one = Pass(chunks, read_into, block)
         jobs = list(_jobs(chunks.spans(there, block), backend.capabilities.part_size))
 
         def several(spans: list[Span]) -> list[DamagedFile]:
@@ -358,54 +356,3 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, stop))
     return merged
-
-
-class VerifiedFile(io.RawIOBase):
-    """A read-only, seekable file object over one stored file. Only checked bytes come out; holds one span of chunks in memory."""
-
-    def __init__(self, backend: Backend, key: str, entry: FileEntry, check_kept: Callable[[], object] = lambda: None) -> None:
-        check_size(backend, key, entry)
-        self._source = (backend, key, entry)
-        self._check_kept = check_kept
-        self._chunks = Chunks(entry, key)
-        self._position = 0
-        self._chunk = (0, memoryview(b""))  # (offset, its bytes)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source[2].size}[whence]
-        if base + offset < 0:
-            raise ValueError("negative seek position")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill `buffer` as far as one span reaches. Raises `DamagedFile` instead of returning bytes that fail their checksum."""
-        backend, key, entry = self._source
-        view = memoryview(buffer).cast("B")
-        if self._position >= entry.size or not view:
-            return 0
-        start, chunk = self._chunk
-        if not start <= self._position < start + len(chunk):
-            number = self._chunks.of(self._position, self._position + 1)[0]
-            ahead = range(number, len(entry.chunks))
-            span = next(self._chunks.spans(ahead, backend.capabilities.part_size))
-            start, chunk = span[0], memoryview(bytearray(span[1] - span[0]))
-            bad = _Pass(self._chunks, partial(backend.read_into, key), len(chunk), [(start, chunk)])(span)
-            for damage in bad:
-                low, high = damage.ranges[0]
-                if low <= self._position < high:
-                    self._check_kept()  # pruned meanwhile is no damage
-                    raise damage
-            if bad:
-                chunk = chunk[: bad[0].ranges[0][0] - start]  # what is whole comes out first
-            self._chunk = (start, chunk)
-        piece = chunk[self._position - start :][: len(view)]
-        view[: len(piece)] = piece
-        self._position += len(piece)
-        return len(piece)

@@ -56,6 +56,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "backends/shared.py": (*_SHARED, "test_conformance.py", "test_store.py"),
     "transfer.py": ("test_parts.py", "test_store.py", "test_interrupted.py", "test_damage.py", "test_hmac.py"),
     "reading.py": ("test_reading.py", "test_store.py", "test_damage.py", "test_hmac.py", "test_hostile.py"),
+    "verifiedfile.py": ("test_reading.py", "test_store.py", "test_checkedfile.py"),
     "workers.py": ("test_workers.py", "test_parts.py", "test_together.py", "test_interrupted.py", "test_store.py"),
     "manifest.py": _FORMAT,
     "record.py": (*_FORMAT, "test_retention.py"),

@@ -15,7 +15,8 @@ from ckptstore.checksum import combine, crc64nvme
 from ckptstore.errors import CheckpointNotFound, DamagedFile
 from ckptstore.manifest import FileEntry
 from ckptstore.pages import NewMemory
-from ckptstore.reading import StoredFile, VerifiedFile, damaged_ranges, read_chunk
+from ckptstore.reading import StoredFile, damaged_ranges, read_chunk
+from ckptstore.verifiedfile import VerifiedFile
 from ckptstore.workers import Workers
 
 DATA = bytes(range(1, 101))

@@ -44,10 +44,10 @@ from ckptstore.errors import (
 )
 from ckptstore.naming import check_path, file_key
 from ckptstore.protocol import Backend
-from ckptstore.reading import VerifiedFile
 from ckptstore.testing import Fault, FaultyBackend
 from ckptstore.transfer import FileSink
 from ckptstore.url import StoreURL, parse_url
+from ckptstore.verifiedfile import VerifiedFile
 
 
 @pytest.fixture(params=["memory", "local"])
