@@ -28,6 +28,7 @@ BENCHMARKS = {
     "gil": "what a thread that only counts keeps of its speed while others save and load",
     "small_save": "a 4 KiB save beside temp file, fsync, replace, fsync directory",
     "async_save": "how long the training thread is blocked by a save in the background, and its memory",
+    "gpu": "saves and loads of what is on a GPU; nothing is measured where there is none",
     "s3_requests": "requests to S3, and the memory of a save",
     "scale": "10 000 checkpoints kept after a million commits, beside ten",
     "shared_folder": "JuiceFS mounted twice: racing commits; save and load beside plain files",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import nullcontext, suppress
@@ -72,28 +74,39 @@ def _move_each(moves: Iterable[tuple[int, int, int]]) -> None:
 
 
 class Buffer:
-    """Memory of the host: pinned, or in pages as large as the system has them."""
+    """Memory of the host, in pages as large as the system has them; page-locked for CUDA, if wanted, if that can be."""
 
     def __init__(self, size: int, pinned: bool) -> None:
         self.size = size
         self.pinned = pinned
+        self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # A forked child has no use for it. Shared with one, every page that is written here would be copied first; and if it were just
+        # not there, the child, freeing it, would free whatever else of its own has come to lie at this address.
+        for advice in (_HUGE_PAGES, _WIPE_ON_FORK) if sys.platform == "linux" else ():
+            with suppress(OSError):
+                self._memory.madvise(advice)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         if pinned:
-            self._owner: Any = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            self.address = self._owner.data_ptr()
-        else:
-            self._owner = memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # A forked child has no use for it. Shared with one, every page that is written here would be copied first; and if it were just
-            # not there, the child, freeing it, would free whatever else of its own has come to lie at this address.
-            for advice in (_HUGE_PAGES, _WIPE_ON_FORK) if sys.platform == "linux" else ():
-                with suppress(OSError):
-                    memory.madvise(advice)
-            self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            _pin(self, size)
 
     def view(self, start: int, size: int) -> memoryview:
         """Return the bytes from `start` on."""
-        if self.pinned:
-            return memoryview((ctypes.c_char * size).from_address(self.address + start)).cast("B")
-        return memoryview(self._owner)[start : start + size]
+        return memoryview(self._memory)[start : start + size]
+
+
+def _pin(buffer: Buffer, size: int) -> None:
+    """Page-lock the memory of `buffer` until it is collected. Where that is refused, copies are right as well, only slower.
+
+    Not by ``torch.empty(pin_memory=True)``, which takes the next power of two, up to twice the bytes, and keeps them for ever.
+    """
+    cudart: Any = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(buffer.address, size, 0)) == 0:
+        weakref.finalize(buffer, _unpin, cudart, buffer.address, os.getpid()).atexit = False
+
+
+def _unpin(cudart: Any, address: int, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child has neither that memory nor CUDA
+        cudart.cudaHostUnregister(address)
 
 
 class Buffers:
@@ -161,9 +174,10 @@ class HostCopy:
         self._over = threading.Lock()  # not an Event: see `workers`
         self._over.acquire()
         self._problem: tuple[int, str] | None = None
-        host = [n for n in later if self._locations[n] is None and self._sizes[n]] if checked else []
-        self._sums = {n: crc64nvme(_memory(self._sources[n])) for n in host}
         self._buffer = buffers.take(end, any(d.type == "cuda" for d in devices))
+        watched = [n for n in later if self._sizes[n]] if checked else []
+        self._copy([n for n in watched if self._locations[n] is not None])
+        self._sums = {n: crc64nvme(_memory(self._sources[n]) if self._locations[n] is None else self._copied(n)) for n in watched}
 
     def watch(self, numbers: Sequence[int | None], tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
         """Find out later whether torch has changed one of `tensors` before it was copied: whether its version is another then.
@@ -199,7 +213,7 @@ class HostCopy:
     def check(self) -> None:
         """Raise `ChangedWhileSaving` if something was changed before it was copied; call it when all is copied."""
         for n, before in self._sums.items():
-            if self._problem is None and crc64nvme(self._buffer.view(self._starts[n], self._sizes[n])) != before:
+            if self._problem is None and crc64nvme(self._copied(n)) != before:
                 self._problem = n, "its checksum is not that of what was there when the save began"
         if self._problem is not None:
             number, why = self._problem
@@ -231,8 +245,11 @@ class HostCopy:
         """Return the buffer: nobody copies into it, and nobody reads it any more."""
         buffers.give_back(self._buffer)
 
+    def _copied(self, number: int) -> memoryview:
+        return self._buffer.view(self._starts[number], self._sizes[number])
+
     def _copy(self, numbers: Sequence[int]) -> None:
-        moved = set()
+        elsewhere: dict[torch.device, list[int]] = {}
         for n in numbers:
             source, size = self._sources[n], self._sizes[n]
             if source.nbytes() != size:  # its memory may be gone
@@ -240,16 +257,22 @@ class HostCopy:
             elif self._locations[n] is None:
                 _move(self._buffer.address + self._starts[n], source.data_ptr(), size)
             elif size:
-                into = torch.frombuffer(self._buffer.view(self._starts[n], size), dtype=torch.uint8)
-                stream = self._streams[source.device]
-                with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    bare = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)
-                    into.copy_(bare, non_blocking=stream is not None)
-                moved.add(source.device)
-        for device in moved:
-            stream = self._streams[device]
-            if stream is not None:
-                stream.synchronize()
+                elsewhere.setdefault(source.device, []).append(n)
+        for device, theirs in elsewhere.items():
+            self._copy_from(device, theirs)
+
+    def _copy_from(self, device: torch.device, numbers: Sequence[int]) -> None:
+        stream = self._streams[device]
+        whole = torch.frombuffer(self._buffer.view(0, self._buffer.size), dtype=torch.uint8)
+        bare = torch.empty(0, dtype=torch.uint8, device=device)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            try:
+                for n in numbers:
+                    start = self._starts[n]
+                    whole[start : start + self._sizes[n]].copy_(bare.set_(self._sources[n]), non_blocking=stream is not None)
+            finally:  # nothing comes into the buffer any more when this returns, or raises
+                if stream is not None:
+                    stream.synchronize()
 
     def _let_go(self) -> None:
         self._sources, self._watched, self._streams = [], ([], [], []), {}
