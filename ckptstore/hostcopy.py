@@ -99,9 +99,12 @@ def _pin(buffer: Buffer, size: int) -> None:
 
     Not by ``torch.empty(pin_memory=True)``, which takes the next power of two, up to twice the bytes, and keeps them for ever.
     """
-    cudart: Any = torch.cuda.cudart()
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(cudart.cudaHostRegister(buffer.address, size, 0)) == 0:
         weakref.finalize(buffer, _unpin, cudart, buffer.address, os.getpid()).atexit = False
+    else:
+        with suppress(RuntimeError):
+            torch.arange(1, device="cuda")  # CUDA remembers the error, and torch raises it at its next call
 
 
 def _unpin(cudart: Any, address: int, pid: int) -> None:
@@ -175,9 +178,8 @@ class HostCopy:
         self._over.acquire()
         self._problem: tuple[int, str] | None = None
         self._buffer = buffers.take(end, any(d.type == "cuda" for d in devices))
-        watched = [n for n in later if self._sizes[n]] if checked else []
-        self._copy([n for n in watched if self._locations[n] is not None])
-        self._sums = {n: crc64nvme(_memory(self._sources[n]) if self._locations[n] is None else self._copied(n)) for n in watched}
+        self._checked = [n for n in later if self._sizes[n]] if checked else []
+        self._sums: dict[int, int] = {}
 
     def watch(self, numbers: Sequence[int | None], tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
         """Find out later whether torch has changed one of `tensors` before it was copied: whether its version is another then.
@@ -187,18 +189,31 @@ class HostCopy:
         self._watched = numbers, tensors, versions
 
     def copy_now(self, helpers: Workers) -> None:
-        """Copy what may change as soon as this returns, with as many threads as torch may use."""
+        """Copy what may change as soon as this returns, with as many threads as torch may use.
+
+        What comes from a device is only under way then: what is given to that device's current stream from now on waits for it.
+        """
         to, sizes = self._buffer.address, self._sizes
+        if self._checked:
+            self._copy([n for n in self._checked if self._locations[n] is not None])
+            self._synchronize()
+            self._sums = {
+                n: crc64nvme(self._copied(n) if self._locations[n] else _memory(self._sources[n])) for n in self._checked
+            }
+        self._copy([n for n in self._now if self._locations[n] is not None])
+        for device, stream in self._streams.items():
+            if stream is not None:
+                torch.cuda.current_stream(device).wait_stream(stream)
         host = [n for n in self._now if self._locations[n] is None]
         _move_all([(to + self._starts[n], self._sources[n].data_ptr(), sizes[n]) for n in host], helpers)
-        self._copy([n for n in self._now if self._locations[n] is not None])
-        if not self._later:
+        if not self._later and not self._streams:
             self._let_go()
 
     def copy_rest(self) -> None:
-        """Copy the rest."""
+        """Copy the rest; nothing is under way any more when this returns."""
         if not self._complete:
             self._copy(self._later)
+            self._synchronize()
             for number, tensor, version in zip(*self._watched, strict=True):
                 if tensor._version != version and number is not None:
                     self._problem = number, "torch has counted a change in place"
@@ -225,6 +240,8 @@ class HostCopy:
 
     def abandon(self) -> None:
         """Have nobody wait for this any more: what it copied will not be used."""
+        with suppress(RuntimeError):  # of a device that has failed: nothing comes from it any more
+            self._synchronize()
         self._let_go()
 
     def copies(self) -> tuple[list[torch.UntypedStorage], dict[int, str]]:
@@ -266,13 +283,14 @@ class HostCopy:
         whole = torch.frombuffer(self._buffer.view(0, self._buffer.size), dtype=torch.uint8)
         bare = torch.empty(0, dtype=torch.uint8, device=device)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            try:
-                for n in numbers:
-                    start = self._starts[n]
-                    whole[start : start + self._sizes[n]].copy_(bare.set_(self._sources[n]), non_blocking=stream is not None)
-            finally:  # nothing comes into the buffer any more when this returns, or raises
-                if stream is not None:
-                    stream.synchronize()
+            for n in numbers:
+                start = self._starts[n]
+                whole[start : start + self._sizes[n]].copy_(bare.set_(self._sources[n]), non_blocking=stream is not None)
+
+    def _synchronize(self) -> None:
+        for stream in self._streams.values():
+            if stream is not None:
+                stream.synchronize()
 
     def _let_go(self) -> None:
         self._sources, self._watched, self._streams = [], ([], [], []), {}

@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -84,11 +85,11 @@ def test_a_save_in_the_background(valve: Valve) -> None:
     live = state(1)
     pending = store.save_async(live, "other", step=3, metrics={"loss": torch.tensor(0.5)}, metadata={"a": 1}, rng=True)
     assert isinstance(pending, PendingSave) and isinstance(pending, Future)
-    called = []
-    pending.add_done_callback(called.append)
+    called: queue.SimpleQueue[object] = queue.SimpleQueue()
+    pending.add_done_callback(called.put)
     assert valve.reached.wait(60)
     live["x"] += 1
-    assert pending.running() and not pending.done() and not called
+    assert pending.running() and not pending.done() and called.empty()
     with pytest.raises(TimeoutError if sys.version_info >= (3, 11) else Exception):
         pending.result(timeout=0)
     assert store.names() == {}
@@ -99,7 +100,8 @@ def test_a_save_in_the_background(valve: Valve) -> None:
     assert set(checkpoint.files) == {"state.pt", "rng.pt"}
     assert store.names() == {"other": checkpoint.id}
     store.close()
-    assert called == [pending] and pending.exception() is None and not pending.running()
+    assert called.get(timeout=60) is pending and called.empty()
+    assert pending.exception() is None and not pending.running()
 
 
 def test_all_is_taken_at_the_call(valve: Valve) -> None:
