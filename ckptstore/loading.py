@@ -8,26 +8,29 @@ Other files are read whole, and checked, before torch sees them.
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import torch
 
-from . import archive, rebuild, torchload
+from . import archive, ondevice, rebuild, torchload
 from .archive import Record
 from .checkedfile import CheckedFile, checked_outline
 from .errors import NotFound, UsageError
 from .protocol import LocalFiles
 from .reading import Piece, StoredFile
-from .rebuild import Hollow, NotPlain
+from .rebuild import Hollow, NotPlain, Place
 
-__all__ = ["NotPlain", "PlainFile", "is_cpu", "load", "load_tensors", "new_storage", "tensor_names", "writable"]
+__all__ = ["NotPlain", "PlainFile", "is_cpu", "load", "load_tensors", "new_storage", "on_cpu", "tensor_names", "writable"]
 
 _SMALL = 32 << 20
 """Bytes of a file that may be held in memory besides what is made of it: it is read once then, not twice."""
+_CPU = torch.device("cpu")
 _WRITE = 0x200  # PyBUF_WRITE
 _memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.restype = ctypes.py_object
@@ -48,7 +51,8 @@ def load(file: StoredFile, *, map_location: Any, weights_only: bool, name: str) 
         UnsafeContent, RuntimeError: see `torchload.load`.
     """
     try:
-        plain = PlainFile(file, map_location, name)
+        place = _on_devices(map_location) if isinstance(file.backend, LocalFiles) else on_cpu(map_location)
+        plain = PlainFile(file, place, name)
         return rebuild.fill(plain.value, plain.read(plain.tensors()))
     except NotPlain:
         pass
@@ -81,12 +85,11 @@ def load_tensors(file: StoredFile, names: Sequence[str], *, weights_only: bool, 
         DamagedFile, UnsafeContent, RuntimeError: as `load`.
     """
     try:
-        plain = PlainFile(file, "cpu", name)
+        plain = PlainFile(file, on_cpu("cpu"), name)
         for _ in plain.tensors():  # or NotPlain
             pass
         wanted = _named(plain.value, names, name)
-        records = [hollow.record for hollow in wanted.values()]
-        return dict(rebuild.fill(wanted, plain.read(records, all_chunks=False)))
+        return dict(rebuild.fill(wanted, plain.read(wanted.values(), all_chunks=False)))
     except NotPlain:
         return _named(load(file, map_location="cpu", weights_only=weights_only, name=name), names, name)
 
@@ -94,7 +97,7 @@ def load_tensors(file: StoredFile, names: Sequence[str], *, weights_only: bool, 
 def tensor_names(file: StoredFile, *, weights_only: bool, name: str) -> list[str]:
     """Return the dotted paths of the tensors in a stored file, in its order. Raises as `load_tensors`."""
     try:
-        plain = PlainFile(file, "cpu", name)
+        plain = PlainFile(file, on_cpu("cpu"), name)
         for _ in plain.tensors():  # or NotPlain
             pass
         return list(dict(_paths(plain.value)))
@@ -104,6 +107,30 @@ def tensor_names(file: StoredFile, *, weights_only: bool, name: str) -> list[str
 
 def is_cpu(map_location: Any) -> bool:
     return map_location is None or (isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu")
+
+
+def on_cpu(map_location: Any) -> Place:
+    """Return where tensors go, if all go to the CPU."""
+    if map_location is None:
+        return lambda location: _CPU if location == "cpu" else None
+    return lambda location: _CPU if is_cpu(map_location) else None
+
+
+def _on_devices(map_location: Any) -> Place:
+    """Return where tensors go that may go to CUDA devices, too: what torch calls so, and has here."""
+    if map_location is not None and not isinstance(map_location, (str, torch.device)):
+        return lambda location: None
+    return lambda location: _device(location if map_location is None else str(map_location))
+
+
+@lru_cache(64)
+def _device(location: Any) -> torch.device | None:
+    if location == "cpu":
+        return _CPU
+    if not isinstance(location, str) or not re.fullmatch(r"cuda(:[0-9]+)?", location) or not torch.cuda.is_available():
+        return None
+    device = torch.device(location)
+    return device if (device.index or 0) < torch.cuda.device_count() else None
 
 
 def _named(result: Any, names: Sequence[str], name: str) -> dict[str, Any]:
@@ -129,50 +156,72 @@ def _paths(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[
 
 
 class PlainFile:
-    """A file of plain tensors and containers for the CPU, whose directory and pickle were read.
+    """A file of plain tensors and containers, whose directory and pickle were read.
+
+    Args:
+        place: where its tensors are to be.
 
     Raises:
         NotPlain: it is not that, or may not be.
         DamagedFile, UnsafeContent
     """
 
-    def __init__(self, file: StoredFile, map_location: Any, name: str) -> None:
-        outline = archive.outline(file.read, file.entry.size, name) if is_cpu(map_location) else None
+    def __init__(self, file: StoredFile, place: Place, name: str) -> None:
+        outline = archive.outline(file.read, file.entry.size, name) if place("cpu") else None
         order = outline.records.get("byteorder") if outline else None
         if outline is None or order is None or bytes(file.read(order.start, order.size)) != sys.byteorder.encode():
             raise NotPlain
         self._file = file
         self.records = list(outline.records.values())
-        self.value = rebuild.hollow(outline.pickle, outline.records, file.entry.size, any_device=map_location is not None)
+        self.value = rebuild.hollow(outline.pickle, outline.records, file.entry.size, place)
         """With a `Hollow` where a tensor belongs."""
 
-    def tensors(self) -> Iterator[Record]:
-        """Yield what the tensors are in. Raises `NotPlain` if there is something else in `value`."""
-        return (hollow.record for hollow in rebuild.hollows(self.value))
+    def tensors(self) -> Iterator[Hollow]:
+        """Yield where tensors belong. Raises `NotPlain` if there is something else in `value`."""
+        return rebuild.hollows(self.value)
 
-    def read(self, records: Iterable[Record], *, all_chunks: bool = True) -> dict[int, torch.UntypedStorage]:
-        """Return the data of `records`, by their first byte.
+    def read(self, tensors: Iterable[Hollow], *, all_chunks: bool = True) -> dict[int, torch.UntypedStorage]:
+        """Return the storages of `tensors`, by their first byte in the file.
 
         Args:
-            all_chunks: check the whole file, not only what is read.
+            all_chunks: check the whole file, not only what is read; as always if some of them are not on the CPU.
         """
-        wanted = {record.start: record for record in records}
-        storages = {start: new_storage(record.size) for start, record in wanted.items()}
-        pieces = [(start, writable(storage)) for start, storage in storages.items() if storage.nbytes()]
-        self.check(pieces, self.records if all_chunks else wanted.values(), all_chunks=all_chunks)
+        storages: dict[int, torch.UntypedStorage] = {}
+        records, here, elsewhere = [], [], []
+        for start, hollow in {hollow.record.start: hollow for hollow in tensors}.items():
+            records.append(hollow.record)
+            storages[start] = storage = new_storage(hollow.record.size, hollow.device)
+            if not hollow.record.size:
+                continue
+            if hollow.device.type == "cpu":
+                here.append((start, writable(storage)))
+            else:
+                elsewhere.append((start, storage))
+        self.check(here, self.records if all_chunks else records, elsewhere, all_chunks=all_chunks)
         return storages
 
-    def check(self, pieces: Sequence[Piece], records: Iterable[Record], *, all_chunks: bool = True) -> None:
-        """Read into `pieces`, and see whether `records` begin where the directory says."""
+    def check(
+        self,
+        pieces: Sequence[Piece],
+        records: Iterable[Record],
+        elsewhere: Sequence[tuple[int, torch.UntypedStorage]] = (),
+        *,
+        all_chunks: bool = True,
+    ) -> None:
+        """Read into `pieces`, and into storages on devices, and see whether `records` begin where the directory says."""
         heads = [(record, memoryview(bytearray(record.header_size))) for record in records]
-        self._file.fill([*pieces, *((record.header, head) for record, head in heads)], all_chunks=all_chunks)
+        pieces = [*pieces, *((record.header, head) for record, head in heads)]
+        if elsewhere:
+            ondevice.read_through(self._file, pieces, elsewhere)
+        else:
+            self._file.fill(pieces, all_chunks=all_chunks)
         if not all(record.fits(head) for record, head in heads):
             raise NotPlain
 
 
-def new_storage(size: int) -> torch.UntypedStorage:
+def new_storage(size: int, device: torch.device = _CPU) -> torch.UntypedStorage:
     """Return memory of `size` bytes that nobody has touched."""
-    return torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
+    return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
 
 
 def writable(storage: torch.UntypedStorage) -> memoryview:

@@ -17,7 +17,7 @@ import torch
 from . import archive, rebuild, torchload
 from .checkedfile import checked_outline
 from .errors import UsageError
-from .loading import PlainFile, new_storage, writable
+from .loading import PlainFile, new_storage, on_cpu, writable
 from .protocol import LocalFiles
 from .reading import Piece, StoredFile
 from .rebuild import NotPlain
@@ -57,7 +57,7 @@ def load(file: StoredFile, *, lazy: bool, map_location: Any, weights_only: bool,
         raise NotMapped(f"torch was told to map files as shared, so that a change of a tensor would change the checkpoint; {how}")
     with _descriptor(file) as fd:
         try:
-            plain = PlainFile(file, map_location, name)
+            plain = PlainFile(file, on_cpu(map_location), name)
             if not lazy:
                 plain.check([], plain.records)
             elif not all(r.fits(memoryview(os.pread(fd, r.header_size, r.header))) for r in plain.records):
@@ -91,7 +91,7 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
         DamagedFile, UnsafeContent
     """
     with _descriptor(file) as fd:
-        plain = PlainFile(file, map_location, name)
+        plain = PlainFile(file, on_cpu(map_location), name)
         views = _mapped(fd, plain)
     result = rebuild.fill(plain.value, views)
     starts = {view.data_ptr(): start for start, view in views.items()}
@@ -115,7 +115,8 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
 def _mapped(fd: int, plain: PlainFile) -> dict[int, torch.UntypedStorage]:
     """Return the records with the tensors, by their first byte, as private views of the file."""
     whole = torch.UntypedStorage.from_file(f"/proc/self/fd/{fd}", False, os.fstat(fd).st_size)
-    return {record.start: whole[record.start : record.start + record.size] for record in plain.tensors()}
+    records = {hollow.record.start: hollow.record for hollow in plain.tensors()}
+    return {start: whole[start : start + record.size] for start, record in records.items()}
 
 
 def takes_copies(target: Any) -> bool:

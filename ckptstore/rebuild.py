@@ -21,7 +21,7 @@ import torch
 from .archive import Record
 from .opcodes import plain_ops
 
-__all__ = ["Hollow", "NotPlain", "fill", "hollow", "hollows", "tensors_of"]
+__all__ = ["Hollow", "NotPlain", "Place", "fill", "hollow", "hollows", "tensors_of"]
 
 
 class NotPlain(Exception):
@@ -49,38 +49,41 @@ class _Kind(_Inert):
 class _Stored(_Inert):
     """A storage."""
 
-    __slots__ = ("dtype", "record")
+    __slots__ = ("device", "dtype", "record")
 
-    def __init__(self, record: Record, dtype: torch.dtype | None) -> None:
+    def __init__(self, record: Record, dtype: torch.dtype | None, device: torch.device) -> None:
         self.record = record
         self.dtype = dtype
+        self.device = device
 
 
 class Hollow(_Inert):
     """Where a tensor will be."""
 
-    __slots__ = ("_layout", "dtype", "grad", "parameter", "record")
+    __slots__ = ("_layout", "device", "dtype", "grad", "parameter", "record")
 
     def __init__(
         self,
         record: Record,
+        device: torch.device,
         dtype: torch.dtype,
         layout: tuple[int, tuple[int, ...], tuple[int, ...]],
         grad: bool,
         parameter: bool,
     ) -> None:
         self.record = record
+        self.device = device
         self.dtype = dtype
         self.grad = grad
         self.parameter = parameter
         self._layout = layout
 
     def as_parameter(self, grad: bool) -> Hollow:
-        return Hollow(self.record, self.dtype, self._layout, grad, True)
+        return Hollow(self.record, self.device, self.dtype, self._layout, grad, True)
 
     def made(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Return the tensor, a view of `storage`."""
-        tensor = torch.empty(0, dtype=self.dtype, device=_CPU)
+        tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         if type(tensor) is not torch.Tensor:
             raise NotPlain  # somebody has torch make others, as FakeTensorMode does
         try:
@@ -124,7 +127,7 @@ def _tensor(
         count *= n
     if type(offset) is not int or offset < 0 or (count and (last + 1) * dtype.itemsize > stored.record.size):
         raise NotPlain
-    return Hollow(stored.record, dtype, (offset, size, stride), grad, False)
+    return Hollow(stored.record, stored.device, dtype, (offset, size, stride), grad, False)
 
 
 def _tensor_v2(stored: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any) -> Hollow:
@@ -154,7 +157,6 @@ def _device(*args: Any) -> torch.device:
 
 
 _MAX_DIMS = 64
-_CPU = torch.device("cpu")
 _KINDS = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
     "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
@@ -173,11 +175,15 @@ _FOUND: dict[tuple[str, str], object] = {
 }
 
 
+Place = Callable[[Any], torch.device | None]
+"""Says of where something was, as torch writes it ("cpu", "cuda:0"), where it is to be; None if that is for torch to say."""
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, records: Mapping[str, Record], any_device: bool) -> None:
+    def __init__(self, data: bytes, records: Mapping[str, Record], place: Place) -> None:
         super().__init__(io.BufferedReader(io.BytesIO(data), len(data) + 1))  # which can be looked into ahead
         self._records = records
-        self._any_device = any_device
+        self._place = place
         self._storages: dict[str, _Stored] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -189,21 +195,22 @@ class _Unpickler(pickle.Unpickler):
             raise NotPlain
         stored = self._storages.get(key)
         if stored is None:
-            if not (self._any_device or location == "cpu"):
+            device = self._place(location)
+            if device is None:
                 raise NotPlain
-            stored = self._storages[key] = _Stored(self._records[f"data/{key}"], kind.dtype)
+            stored = self._storages[key] = _Stored(self._records[f"data/{key}"], kind.dtype, device)
         if kind.dtype is not stored.dtype or count * (kind.dtype.itemsize if kind.dtype else 1) != stored.record.size:
             raise NotPlain
         return stored
 
 
-def hollow(data: bytes, records: Mapping[str, Record], size: int, *, any_device: bool) -> Any:
+def hollow(data: bytes, records: Mapping[str, Record], size: int, place: Place) -> Any:
     """Return what the pickle `data` holds, with a `Hollow` where a tensor belongs.
 
     Args:
         records: of the file, by their paths.
         size: bytes of the file, to which the memory that this takes is in proportion.
-        any_device: also for tensors that were on another device than the CPU.
+        place: where tensors are to be.
 
     Raises:
         NotPlain
@@ -211,7 +218,7 @@ def hollow(data: bytes, records: Mapping[str, Record], size: int, *, any_device:
     if not plain_ops(data, size):
         raise NotPlain
     try:
-        return _Unpickler(data, records, any_device).load()
+        return _Unpickler(data, records, place).load()
     except (MemoryError, NotPlain):
         raise
     except Exception as exc:  # malformed in some way, for which others have the words

@@ -8,7 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .capture import Capture
-from .hostcopy import Buffers, HostCopy
+from .hostcopy import HostCopy
+from .hostmemory import Buffers
 from .overlap import Gate, Stable, stable_tensors
 from .workers import Workers
 

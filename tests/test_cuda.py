@@ -15,7 +15,8 @@ from torch import nn
 
 import ckptstore
 from ckptstore import ChangedWhileSaving, Store
-from ckptstore.hostcopy import Buffer, HostCopy
+from ckptstore.hostcopy import HostCopy
+from ckptstore.hostmemory import Buffer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -240,3 +241,51 @@ def test_dcp_from_a_device_and_to_it(store: Store) -> None:
     target = {"x": torch.zeros(1 << 21, device=DEVICE), "y": torch.zeros(7)}
     dcp.load(target, storage_reader=store.dcp_reader(), no_dist=True)
     assert same(target, state) and target["x"].is_cuda
+
+
+def test_fully_sharded_on_the_device(store: Store) -> None:
+    """One rank has all; what is awaited in the background is of the moment of the call."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = net()
+        fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer)
+
+        def parts() -> dict[str, Any]:
+            return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+        def local(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: local(v) for k, v in value.items()}
+            return clone(value.to_local() if hasattr(value, "to_local") else value)
+
+        kept = local(parts())
+        dcp.async_save(parts(), storage_writer=store.dcp_writer()).result()  # type: ignore[union-attr]
+        train(model, optimizer)
+        state = parts()
+        dcp.load(state, storage_reader=store.dcp_reader())
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        assert same(local(parts()), kept)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_graph_that_is_replayed_after_the_call() -> None:
+    tensor = torch.zeros(1 << 22, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tensor.add_(1)
+    with store_on(new_memory()) as store:
+        for n in range(1, 4):
+            graph.replay()
+            pending = store.save_async({"x": tensor})
+            graph.replay()
+            assert bool((pending.result().load()["x"] == 2 * n - 1).all())

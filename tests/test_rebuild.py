@@ -18,6 +18,7 @@ from test_torchfile import DTYPES, bits, raw
 from ckptstore import Store, rebuild, torchload
 from ckptstore import archive as zipped
 from ckptstore.errors import UnsafeContent
+from ckptstore.loading import on_cpu
 from ckptstore.rebuild import NotPlain
 
 
@@ -26,7 +27,7 @@ def rebuilt(data: bytes) -> Any:
     outline = zipped.outline(lambda start, length: memoryview(data)[start : start + length], len(data), "it")
     if outline is None:
         raise NotPlain
-    value = rebuild.hollow(outline.pickle, outline.records, len(data), any_device=False)
+    value = rebuild.hollow(outline.pickle, outline.records, len(data), on_cpu(None))
     storages = {}
     for hollow in rebuild.hollows(value):
         start, size = hollow.record.start, hollow.record.size
