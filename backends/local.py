@@ -181,8 +181,8 @@ class _LocalWriter(FolderWriter[LocalBackend]):
             os.fsync(self._new.fd)
             self._new.close_file()
             self._backend._flush_name(self._new)
-        self._state = "done"
         self._new.close()
+        self._state = "done"  # not before: after an interrupt in between, `abort` would leave the file open
 
     @contextmanager
     def _finishing(self) -> Iterator[None]:

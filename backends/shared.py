@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -123,10 +123,11 @@ class SharedBackend(FolderBackend):
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Backend.replace`. Not flushed, but closed: that is what tells other hosts of it."""
-        self._patiently(self._replace, key, data)
+        pauses = iter(_shared_names.PAUSES)  # until its file can be made, and until that gets the name, together
+        self._patiently(self._replace, key, data, pauses, pauses=pauses)
 
-    def _replace(self, key: str, data: bytes) -> None:
-        with mapped_errors("replace", self._path(key)), self._new_file(key) as new:
+    def _replace(self, key: str, data: bytes, pauses: Iterator[float]) -> None:
+        with mapped_errors("replace", self._path(key)), self._new_file(key, pauses) as new:
             write_all(new.fd, 0, memoryview(data))
             new.close_file()
             _shared_names.rename(new)
@@ -155,8 +156,8 @@ class SharedBackend(FolderBackend):
     def _link(self, new: NewFile, key: str) -> None:
         _shared_names.link(new, lambda: self._folders(segments(key)[:-1]))
 
-    def _new_file(self, key: str) -> NewFile:
-        for pause in _shared_names.PAUSES:
+    def _new_file(self, key: str, pauses: Iterable[float] | None = None) -> NewFile:
+        for pause in _shared_names.PAUSES if pauses is None else pauses:
             try:
                 return super()._new_file(key)
             except OSError as exc:
@@ -198,13 +199,15 @@ class SharedBackend(FolderBackend):
     def _scan(self, above: Sequence[str], start_after: str) -> Sequence[ObjectInfo]:
         return self._patiently(lambda _: super(SharedBackend, self)._scan(above, start_after), "")
 
-    def _patiently(self, call: Callable[..., _R], key: str, *more: Any, sure: bool = False) -> _R:
+    def _patiently(
+        self, call: Callable[..., _R], key: str, *more: Any, sure: bool = False, pauses: Iterator[float] | None = None
+    ) -> _R:
         """Return what ``call(key, *more)`` returns, tried again with the folders opened anew while what it says cannot be relied upon.
 
         A missing file is looked for twice, and longer if it was there before, or, to be `sure`, if it is listed, or a folder on the way.
         """
         looks = 0
-        pauses = iter(_shared_names.PAUSES)
+        pauses = iter(_shared_names.PAUSES) if pauses is None else pauses
         while True:
             looks += 1
             try:
@@ -339,8 +342,8 @@ class _SharedWriter(FolderWriter[SharedBackend]):
                     why = f"could not be made durable ({exc.strerror}), nor be removed again; save once more"
                     raise Ambiguous(exc.errno, why, new.path, durable=False) from exc
                 raise
-        self._state = "done"
         new.close()
+        self._state = "done"  # not before: after an interrupt in between, `abort` would leave the file open
 
 
 def _size(text: str) -> int:

@@ -31,6 +31,8 @@ _SHARED = (
     "test_shared_answers.py",
     "test_shared_faults.py",
     "test_shared_refusals.py",
+    "test_shared_tries.py",
+    "test_shared_writers.py",
     "test_local_flushes.py",
 )
 
@@ -52,7 +54,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     "backends/local.py": (*_FOLDER, "test_crash_states.py", "test_every_call.py", "test_store.py"),
     "folder.py": (*_FOLDER, "test_crash_states.py", "test_every_call.py", "test_store.py", "test_fuzz.py"),
     "posix.py": (*_FOLDER, *_SHARED, "test_atomic.py", "test_crash_states.py", "test_every_call.py"),
-    "backends/_shared_names.py": ("test_shared_answers.py", "test_shared_faults.py"),
+    "backends/_shared_names.py": (
+        "test_shared_answers.py",
+        "test_shared_faults.py",
+        "test_shared_tries.py",
+        "test_shared_writers.py",
+    ),
     "backends/shared.py": (*_SHARED, "test_conformance.py", "test_store.py"),
     "transfer.py": ("test_parts.py", "test_store.py", "test_interrupted.py", "test_damage.py", "test_hmac.py"),
     "reading.py": ("test_reading.py", "test_store.py", "test_damage.py", "test_hmac.py", "test_hostile.py"),

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import mounted
@@ -347,6 +348,16 @@ def _begin(backend: LocalBackend, key: str) -> PartWriter:
     writer.write(0, memoryview(b"some"), 0)
     writer.start_finish()
     return writer
+
+
+def test_an_interrupt_at_the_end_leaves_nothing_open(backend: LocalBackend) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    writer = _begin(backend, "data/x/a")
+    with mock.patch.object(posix.NewFile, "close", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        writer.finish()
+    writer.abort()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert backend.get("data/x/a", 4) == b"some"
 
 
 @pytest.mark.parametrize("first_ends", ["finish", "abort"])

@@ -16,7 +16,7 @@ from stores import contents, write
 from ckptstore import Store
 from ckptstore.backends import _shared_names
 from ckptstore.backends.shared import SharedBackend
-from ckptstore.errors import AlreadyExists, BackendError, NoAtomicCreate, NotFound
+from ckptstore.errors import AlreadyExists, Ambiguous, BackendError, NoAtomicCreate, NotFound
 
 FILES = {"a": b"first", "b/c": b"second" * 1000, "d": b""}
 PATHS = ("link", "listdir", "lstat", "mkdir", "open", "replace", "rmdir", "scandir", "stat", "unlink")
@@ -108,6 +108,20 @@ def test_two_links_that_both_say_that_they_won(tmp_path: Path, sick: SickOS) -> 
     with pytest.raises(AlreadyExists):
         second.put_if_absent("log/1", b"second")
     assert second.get("log/1", 10) == b"first"
+
+
+def test_a_link_that_was_made_and_a_name_that_has_another_file_contradict_each_other(tmp_path: Path, sick: SickOS) -> None:
+    """Another host may have replaced it, and believe that it has won."""
+    (tmp_path / "log").mkdir()
+    backend = backend_at(tmp_path)
+
+    def replaced(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call(args[0], "elsewhere", **kwargs)
+        (tmp_path / "log" / "1").write_bytes(b"another")
+
+    sick.start(lambda name, nth: replaced if name == "link" else None)
+    with pytest.raises(Ambiguous, match="it has two names, but under its own there is another file"):
+        backend.put_if_absent("log/1", b"1")
 
 
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.EIO])

@@ -15,8 +15,10 @@ from conftest import mounted, require
 from stores import contents, write
 
 from ckptstore import Store
+from ckptstore.backends import shared as shared_module
+from ckptstore.backends.shared import SharedBackend
 from ckptstore.cli import main
-from ckptstore.errors import BackendError, NoAtomicCreate, PermissionDenied, StorageFull
+from ckptstore.errors import BackendError, NoAtomicCreate, NotFound, PermissionDenied, StorageFull
 
 FILES = {"a": b"first", "b/c": b"second" * 1000}
 
@@ -49,6 +51,33 @@ def test_an_empty_mount_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert advice in told(capsys, words[0], url, *words[1:])
         assert advice in told(capsys, words[0], f"{url}/run", *words[1:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_begins_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_module, "file_system", lambda path: "nfs4")
+    backend = SharedBackend.open(f"{tmp_path}/run", {"create": "1"})
+    looks: list[Callable[[], object]] = [lambda: backend.stat("log/1"), lambda: backend.get("log/1", 1)]
+    for look in looks:
+        with pytest.raises(NotFound):
+            look()
+    assert list(backend.list("")) == []
+    backend.delete(["log/1"])
+    assert list(tmp_path.iterdir()) == []
+    backend.put_if_absent("log/1", b"1")
+    assert [info.key for info in backend.list("")] == ["log/1"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_where_two_hosts_can_both_win_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    """See `test_shared_refused` for a real one."""
+    monkeypatch.setattr(shared_module, "file_system", lambda path: "fuse.seaweedfs")
+    if begun:
+        (tmp_path / "run" / "log").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    backend = SharedBackend.open(f"{tmp_path}/run", {"create": "1"})
+    with pytest.raises(NoAtomicCreate, match=r"fuse\.seaweedfs two hosts can both win.*single_writer=1"):
+        backend.put_if_absent("log/1", b"1")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture
