@@ -391,6 +391,7 @@ def test_a_part_may_have_any_format_and_no_dimension(backend: LocalBackend) -> N
 
 
 def test_a_second_file_makes_a_folder_anew_that_was_removed(backend: LocalBackend) -> None:
+    before = len(os.listdir("/dev/fd"))
     first = _begin(backend, "data/a/1")
     backend.delete(["data/a/1"])
     assert not (Path(backend.root) / "data/a").exists()
@@ -398,6 +399,54 @@ def test_a_second_file_makes_a_folder_anew_that_was_removed(backend: LocalBacken
     second.finish()
     first.abort()
     assert backend.get("data/a/2", 9) == b"some"
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_second_file_that_cannot_be_made_lets_go_of_the_folder(backend: LocalBackend) -> None:
+    before = len(os.listdir("/dev/fd"))
+    first = _begin(backend, "data/a/1")
+    with mock.patch.object(local, "NewFile", side_effect=OSError(errno.EMFILE, "no more")), pytest.raises(BackendError):
+        backend.open_writer("data/a/2")
+    first.finish()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_name_that_is_given_while_its_folder_is_flushed_gets_a_flush_of_its_own(backend: LocalBackend) -> None:
+    first = _begin(backend, "data/a/1")
+    others: list[PartWriter] = []
+    flushed: list[int] = []  # inodes
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        flushed.append(os.fstat(fd).st_ino)
+        if stat.S_ISDIR(os.fstat(fd).st_mode) and not others:
+            others.append(_begin(backend, "data/a/2"))
+
+    with mock.patch.object(os, "fsync", fsync):
+        first.finish()
+        flushed.clear()
+        others[0].finish()
+    assert (Path(backend.root) / "data/a").stat().st_ino in flushed
+
+
+def test_nothing_remembers_a_file_whose_flush_failed(backend: LocalBackend) -> None:
+    before = len(os.listdir("/dev/fd"))
+    writer = _begin(backend, "data/a/1")
+    with mock.patch.object(os, "fsync", side_effect=OSError(errno.EIO, "bad disk")), pytest.raises(BackendError):
+        writer.finish()
+    assert not backend._unflushed, "a later one would share its folder, and count on its flush"
+    writer.abort()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_reader_leaves_nothing_open(backend: LocalBackend) -> None:
+    backend.put_if_absent("log/1", b"x")
+    before = len(os.listdir("/dev/fd"))
+    with backend.reader("log/1") as read_into:
+        assert len(os.listdir("/dev/fd")) == before + 1
+        read_into(0, memoryview(bytearray(1)))
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_deleting_the_last_file_of_a_folder_does_not_disturb_who_writes_there(backend: LocalBackend) -> None:
