@@ -344,9 +344,9 @@ class Log:
         # One of the two is foreign. It is the earlier one if that does not continue its own predecessor.
         return bool(older and older[0] and older[0][1] != before[0].prev)
 
-    def _whole(self, n: int) -> tuple[Record, str] | None:
+    def _whole(self, n: int) -> tuple[Record, str | None] | None:
         """Return record `n` and its SHA-256, None if there is no such record any more, or not a whole one."""
-        if n == self._head.slot and self._head.digest and not self._head.damaged:
+        if n == self._head.record.n:
             return self._head.record, self._head.digest
         with suppress(DamagedRecord, NotFound, Unreadable):
             data = self._backend.get(slot_key(n), RECORD_LIMIT)

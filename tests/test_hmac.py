@@ -38,7 +38,7 @@ from ckptstore.errors import (
     UsageError,
 )
 from ckptstore.key import Key
-from ckptstore.log import slot_key
+from ckptstore.log import Log, slot_key
 from ckptstore.testing import Fault, FaultyBackend
 
 SECRET = b"correct horse battery staple"
@@ -491,6 +491,23 @@ def test_the_slot_is_taken_with_another_key_while_committing() -> None:
     with pytest.raises(KeyMismatch):
         write(late, step=2)
     assert [c.step for c in store_on(inner, hmac_key=SECRET)] == [1]
+
+
+def test_one_record_of_another_key_among_damaged_ones_tells_of_the_key() -> None:
+    backend = new_memory()
+    for n in (1, 2, 3):
+        objects(backend)[slot_key(n)] = b"rust"
+    objects(backend)[slot_key(2)] = record.encode(record.Record(n=2, epoch=1, owner="me", op="op2"), OTHER)
+    with pytest.raises(KeyMismatch, match="not one of the newest commit records is authentic"):
+        Log(backend, KEY).head()
+
+
+def test_the_first_record_is_read_once() -> None:
+    """That others are of its store, it tells; of itself it is not asked."""
+    backend = FaultyBackend(new_memory())
+    write(store_on(backend.inner, hmac_key=SECRET, acquire=False))
+    Log(backend, KEY).head()
+    assert backend.calls["get"] == 2, "the hint, and the record"
 
 
 # -- where the key comes from, and where it does not go

@@ -647,3 +647,22 @@ def test_on_the_way_down_only_the_innermost_folder_is_held(tmp_path: Path) -> No
         folders.descend("a")
         folders.descend("b")
         assert [os.fstat(fd).st_ino for fd in folders.fds] == [(tmp_path / "a" / "b").stat().st_ino]
+
+
+def test_a_folder_is_told_apart_from_one_whose_descriptor_it_got(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with posix.Folders(str(tmp_path), os.open(tmp_path, os.O_RDONLY)) as folders:
+        first, (root,) = folders.identity(0), folders.fds
+        folders.descend("a")
+        folders.descend("b")
+        assert folders.fds == [root], "the number is free, and so given to the next"
+        found = (tmp_path / "a" / "b").stat()
+        assert folders.identity(0) == (str(tmp_path / "a" / "b"), found.st_dev, found.st_ino) != first
+
+
+def test_a_disk_that_accepts_no_bytes_is_an_error_and_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([2, 0])
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: next(answers))
+    with pytest.raises(OSError, match="accepted no bytes") as caught:
+        posix.write_all(0, 0, memoryview(b"some bytes"))
+    assert caught.value.errno == errno.EIO

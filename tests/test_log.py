@@ -159,6 +159,20 @@ def test_looking_again_costs_one_call() -> None:
     assert sum(faulty.calls.values()) == before + 1
 
 
+def test_the_slot_of_a_key_has_twelve_digits_that_every_file_system_has() -> None:
+    assert slot_of("log/000000000012") == slot_of("log/000000000012.0123456789abcdef.partial") == 12
+    for name in ("", "7", "00000000012", "hint", "x00000000012", "\u0663" * 12, "\u00b2" * 12):
+        assert slot_of(f"log/{name}") is None, name
+
+
+def test_what_a_killed_writer_left_of_the_next_record_is_no_record() -> None:
+    inner = filled(3)
+    inner.capabilities = replace(inner.capabilities, remote=True)  # type: ignore[misc]
+    objects(inner)[f"{slot_key(4)}.0123456789abcdef.partial"] = b"half a rec"
+    head = Log(inner).head()
+    assert (head.slot, head.record.n, head.damaged) == (3, 3, ())
+
+
 # --- committing
 
 
@@ -454,6 +468,58 @@ def test_a_foreign_record_is_passed_over_by_who_knows_the_log_and_by_who_does_no
     head = log.head()
     assert (head.slot, head.record.n) == (n, n - 1)
     assert f"commit record {n} does not continue commit record {n - 1}" in head.damaged[0]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_foreign_record_is_passed_over_also_where_an_older_one_cannot_tell(gone: bool) -> None:
+    backend = filled(7)
+    objects(backend)[slot_key(7)] = encode(record(7, prev="0" * 64))
+    objects(backend)[slot_key(5)] = b"rubbish"
+    if gone:
+        del objects(backend)[slot_key(5)]
+    head = Log(backend).head()
+    assert (head.slot, head.record.n) == (7, 6)
+    assert "commit record 7 does not continue commit record 6" in head.damaged[0]
+
+
+def test_a_record_that_passed_over_two_is_believed_when_one_of_them_is_back() -> None:
+    backend = filled(7)
+    objects(backend)[slot_key(7)] = encode(record(7, prev=sha256(objects(backend)[slot_key(4)])))
+    objects(backend)[slot_key(5)] = b"rubbish"
+    head = Log(backend).head()
+    assert (head.slot, head.record.n, head.damaged) == (7, 7, ())
+
+
+def test_a_foreign_record_is_told_by_one_that_was_read_before_it_was_damaged() -> None:
+    backend = filled(3)
+    log = Log(backend)
+    assert log.head().slot == 3
+    objects(backend)[slot_key(3)] = b"rubbish"
+    objects(backend)[slot_key(4)] = encode(record(4, prev="0" * 64))
+    head = log.head()
+    assert (head.slot, head.record.n) == (4, 2)
+    assert "commit record 4 does not continue commit record 3" in head.damaged[0]
+
+
+def test_a_record_that_can_be_read_again_is_compared_in_the_place_of_the_one_that_served_for_it() -> None:
+    backend = filled(4)
+    whole = dict(objects(backend))
+    del objects(backend)[slot_key(4)]
+    for n in (2, 3):
+        objects(backend)[slot_key(n)] = b"rubbish"
+    log = Log(backend)
+    assert (log.head().slot, log.head().record.n) == (3, 1)
+    for n in (3, 4):
+        objects(backend)[slot_key(n)] = whole[slot_key(n)]
+    assert (log.head().slot, log.head().record.n) == (4, 4)
+
+
+def test_a_first_record_that_continues_another_is_foreign() -> None:
+    backend = new_memory()
+    objects(backend)[slot_key(1)] = encode(record(1, prev="0" * 64))
+    head = Log(backend).head()
+    assert (head.slot, head.record) == (1, EMPTY)
+    assert "commit record 1 does not continue commit record 0" in head.damaged[0]
 
 
 def test_damaged_older_records_are_told_when_asked_for() -> None:
