@@ -440,6 +440,14 @@ def test_nothing_remembers_a_file_whose_flush_failed(backend: LocalBackend) -> N
     assert len(os.listdir("/dev/fd")) == before
 
 
+def test_nothing_remembers_a_file_whose_abort_was_interrupted(backend: LocalBackend) -> None:
+    writer = _begin(backend, "data/a/1")
+    with mock.patch.object(posix.NewFile, "withdraw", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        writer.abort()
+    assert not backend._unflushed
+    writer.abort()
+
+
 def test_a_reader_leaves_nothing_open(backend: LocalBackend) -> None:
     backend.put_if_absent("log/1", b"x")
     before = len(os.listdir("/dev/fd"))
@@ -639,6 +647,16 @@ def test_a_folder_that_other_hosts_may_write_to_is_warned_about(tmp_path: Path, 
     backend = LocalBackend.open(str(tmp_path), {})
     with pytest.warns(StoreWarning, match=f"nfs4.*shared://{tmp_path}"):
         assert list(backend.list("")) == []
+
+
+@pytest.mark.filterwarnings("ignore::ckptstore.StoreWarning")
+def test_a_file_that_is_not_to_be_mapped_is_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "file_system", lambda path: "nfs4")
+    backend = LocalBackend.open(str(tmp_path), {})
+    backend.put_if_absent("log/1", b"x")
+    before = len(os.listdir("/dev/fd"))
+    assert backend.open_file("log/1") is None
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_on_the_way_down_only_the_innermost_folder_is_held(tmp_path: Path) -> None:
