@@ -328,6 +328,7 @@ def test_the_disk_begins_while_a_large_file_is_written(backend: LocalBackend, mo
 
 def test_no_descriptor_is_left_open(tmp_path: Path, backend: LocalBackend) -> None:
     backend.put_if_absent("log/1", b"x")
+    backend.put_if_absent("log/2", b"x")  # so that the folder stays
     (tmp_path / "store" / "link").symlink_to(tmp_path)
     before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else os.listdir("/dev/fd")
     for key in ("log/1", "log/new", "link/x", "log", "log/1/x", "no/x", ".."):
@@ -446,6 +447,21 @@ def test_nothing_remembers_a_file_whose_abort_was_interrupted(backend: LocalBack
         writer.abort()
     assert not backend._unflushed
     writer.abort()
+
+
+@pytest.mark.parametrize("how", ["get", "read_into", "reader", "open_file"])
+def test_what_is_no_file_is_closed_again(backend: LocalBackend, how: str) -> None:
+    backend.put_if_absent("log/1", b"x")
+    before = len(os.listdir("/dev/fd"))
+    calls: dict[str, Callable[[], object]] = {
+        "get": lambda: backend.get("log", 9),
+        "read_into": lambda: backend.read_into("log", 0, memoryview(bytearray(1))),
+        "reader": lambda: backend.reader("log").__enter__(),
+        "open_file": lambda: backend.open_file("log"),
+    }
+    with pytest.raises(Unreadable):
+        calls[how]()
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_a_reader_leaves_nothing_open(backend: LocalBackend) -> None:
