@@ -464,12 +464,44 @@ def test_what_is_no_file_is_closed_again(backend: LocalBackend, how: str) -> Non
     assert len(os.listdir("/dev/fd")) == before
 
 
+@pytest.mark.parametrize(
+    "create",
+    [lambda backend: backend.put_if_absent("log/1", b"x"), lambda backend: _write(backend, "log/1", b"x")],
+    ids=["put", "part"],
+)
+def test_after_an_error_as_a_file_is_closed_no_folder_is_flushed(
+    backend: LocalBackend, create: Callable[[LocalBackend], None]
+) -> None:
+    """What a file has lost is told late by some file systems; a name that says it is whole must not become durable."""
+    flushed: list[int] = []
+
+    def fsync(fd: int) -> None:
+        flushed.append(stat.S_IFMT(os.fstat(fd).st_mode))
+
+    def close_file(new: posix.NewFile) -> None:
+        fd, new.fd = new.fd, -1
+        if fd >= 0:
+            os.close(fd)
+            raise OSError(errno.EDQUOT, "no quota left")
+
+    with (
+        mock.patch.object(os, "fsync", fsync),
+        mock.patch.object(posix.NewFile, "close_file", close_file),
+        pytest.raises(StorageFull),
+    ):
+        create(backend)
+    assert flushed == [stat.S_IFREG]
+    assert _files(Path(backend.root)) == []
+
+
 def test_a_reader_leaves_nothing_open(backend: LocalBackend) -> None:
     backend.put_if_absent("log/1", b"x")
     before = len(os.listdir("/dev/fd"))
     with backend.reader("log/1") as read_into:
         assert len(os.listdir("/dev/fd")) == before + 1
         read_into(0, memoryview(bytearray(1)))
+        with pytest.raises(BackendError, match="ends at byte 1, expected 2"):
+            read_into(0, memoryview(bytearray(2)))
     assert len(os.listdir("/dev/fd")) == before
 
 
