@@ -707,6 +707,68 @@ def test_a_file_that_is_not_to_be_mapped_is_closed_again(tmp_path: Path, monkeyp
     assert len(os.listdir("/dev/fd")) == before
 
 
+def test_who_takes_the_warning_for_an_error_gets_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "file_system", lambda path: "nfs4")
+    backend = LocalBackend.open(str(tmp_path), {})
+    with pytest.raises(StoreWarning):
+        list(backend.list(""))
+    assert list(backend.list("")) == []
+
+
+def _flushed(monkeypatch: pytest.MonkeyPatch, fails: Path | None = None) -> list[Path]:
+    """Return the list of the folders that are flushed from now on; the first flush of `fails` does."""
+    flushed: list[Path] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            flushed.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+            if flushed[-1] == fails and flushed.count(fails) == 1:
+                raise OSError(errno.EIO, "bad disk")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return flushed
+
+
+@pytest.mark.parametrize("place", ["above the root", "the root"])
+def test_a_folder_whose_flush_failed_is_flushed_the_next_time(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = Path(backend.root) if place == "the root" else Path(backend.root).parent
+    flushed = _flushed(monkeypatch, path)
+    with pytest.raises(BackendError):
+        backend.put_if_absent("a/1", b"x")
+    backend.put_if_absent("a/1", b"x")
+    assert flushed.count(path) == 2
+
+
+def test_a_new_folder_with_the_number_of_one_that_was_removed_is_flushed(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posix.Folders, "identity", lambda self, i: (self.paths[i], 0, 0))
+    backend.put_if_absent("a/1", b"x")
+    backend.delete(["a/1"])
+    flushed = _flushed(monkeypatch)
+    backend.put_if_absent("a/2", b"x")
+    assert Path(backend.root) in flushed
+
+
+def test_a_folder_that_goes_each_time_is_not_made_for_ever(backend: LocalBackend) -> None:
+    gone = FileNotFoundError(errno.ENOENT, "gone")
+    with mock.patch.object(folder, "NewFile", side_effect=gone) as made, pytest.raises(FileNotFoundError):
+        backend._new_file("a/1")
+    assert made.call_count == 100
+
+
+@pytest.mark.parametrize("end", ["finish", "abort"])
+def test_nothing_is_written_to_a_file_that_is_over(backend: LocalBackend, end: str) -> None:
+    writer = _begin(backend, "data/a/1")
+    getattr(writer, end)()
+    with pytest.raises(BackendError, match="only abort may follow"):
+        writer.write(4, memoryview(b"more"), 1)
+
+
 def test_on_the_way_down_only_the_innermost_folder_is_held(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     with posix.Folders(str(tmp_path), os.open(tmp_path, os.O_RDONLY)) as folders:
