@@ -743,6 +743,21 @@ def test_a_folder_whose_flush_failed_is_flushed_the_next_time(
     assert flushed.count(path) == 2
 
 
+def test_a_folder_above_that_may_be_written_to_and_cannot_be_flushed_is_an_error(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "fsync_dir", mock.Mock(side_effect=PermissionError(errno.EACCES, "not you")))
+    with pytest.raises(PermissionDenied):
+        backend.put_if_absent("a/1", b"x")
+
+
+def test_a_file_that_cannot_be_deleted_is_not_called_a_folder(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.put_if_absent("a/1", b"x")
+    monkeypatch.setattr(os, "unlink", mock.Mock(side_effect=PermissionError(errno.EACCES, "not you")))
+    with pytest.raises(PermissionDenied):
+        backend.delete(["a/1"])
+
+
 def test_a_new_folder_with_the_number_of_one_that_was_removed_is_flushed(
     backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
