@@ -751,8 +751,12 @@ def test_a_folder_above_that_may_be_written_to_and_cannot_be_flushed_is_an_error
         backend.put_if_absent("a/1", b"x")
 
 
-def test_a_file_that_cannot_be_deleted_is_not_called_a_folder(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_deleted_is_called_a_folder_only_if_it_is_one(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend.put_if_absent("a/1", b"x")
+    with pytest.raises(Unreadable, match="this is a folder where a file should be"):
+        backend.delete(["a"])
     monkeypatch.setattr(os, "unlink", mock.Mock(side_effect=PermissionError(errno.EACCES, "not you")))
     with pytest.raises(PermissionDenied):
         backend.delete(["a/1"])
