@@ -499,14 +499,14 @@ def test_an_interrupt_at_every_moment(stride: int) -> None:
 
 
 def test_no_memory_for_the_copy(valve: Valve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptstore import hostcopy
+    from ckptstore import hostmemory
 
     def full(*_: object) -> None:
         raise MemoryError
 
     store = store_on(valve)
     valve.open.set()
-    monkeypatch.setattr(hostcopy, "Buffer", full)
+    monkeypatch.setattr(hostmemory, "Buffer", full)
     with pytest.raises(MemoryError):
         store.save_async(state(1))
     monkeypatch.undo()

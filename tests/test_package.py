@@ -20,9 +20,11 @@ HEAVY = ["asyncio", "awscrt", "boto3", "botocore", "fsspec", "numpy", "torch", "
 MAY_IMPORT_TORCH = {
     "capture",
     "hostcopy",
+    "hostmemory",
     "integrations",
     "loading",
     "mapped",
+    "ondevice",
     "overlap",
     "plaintensor",
     "rebuild",
