@@ -46,6 +46,7 @@ def run_rank(
     os.environ.update(env)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=LIMIT)
+        dist.barrier()  # who has nothing to do with the others ends at once, and they may be connecting still
     import importlib
 
     function = getattr(importlib.import_module(module), name)
