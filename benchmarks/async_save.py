@@ -23,18 +23,13 @@ from ckptstore import Store
 ROUNDS = 5
 
 
-class Training:
-    """A model in training, whose state is as large as wanted."""
+class Watched:
+    """A training that tells how long its steps wait."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], forward: Callable[[], torch.Tensor]) -> None:
-        self.optimizer = optimizer
-        self.state = state
-        self._forward = forward
-        self.waited = 0.0
-        """Seconds that the last step has waited for a copy."""
-        self._began = 0.0
-        self.least = 0.0
-        """Seconds that forward and backward take at least; gradients are accumulated until then."""
+    optimizer: torch.optim.Optimizer
+    waited = 0.0
+    """Seconds that the last step has waited for a copy."""
+    _began = 0.0
 
     def watch_steps(self) -> None:
         """Tell from now on how long a step waits for the hook of the store, which must be there already."""
@@ -48,6 +43,17 @@ class Training:
         self.optimizer.register_step_pre_hook(after)
         handle = self.optimizer.register_step_pre_hook(before)
         self.optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
+
+
+class Training(Watched):
+    """A model in training, whose state is as large as wanted."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, state: dict[str, Any], forward: Callable[[], torch.Tensor]) -> None:
+        self.optimizer = optimizer
+        self.state = state
+        self._forward = forward
+        self.least = 0.0
+        """Seconds that forward and backward take at least; gradients are accumulated until then."""
 
     def iteration(self) -> None:
         """Forward, backward, step."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from async_save import Watched
 from loading import plain, restore
 from paired import SIZE, Target, Way, extra_memory, figure, large, many, nbytes, paired, places, report
 from save import flush
@@ -26,14 +27,14 @@ from ckptstore import Store
 ROUNDS = 5
 
 
-class Training:
+class Training(Watched):
     """A model and its optimizer on the device, and matrices to multiply: forward and backward that last as long as wanted."""
 
     def __init__(self, kind: str) -> None:
         self.state: dict[str, Any]
         if kind == "32 tensors":
             parameters = {name: torch.nn.Parameter(tensor.cuda()) for name, tensor in large().items()}
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters.values(), lr=1e-9)
+            self.optimizer = torch.optim.SGD(parameters.values(), lr=1e-9)
             self.state = {name: p.data for name, p in parameters.items()}
             self._parameters = list(parameters.values())
         else:
@@ -44,8 +45,6 @@ class Training:
             self._parameters = list(model.parameters())
         self._matrix = torch.rand(4096, 4096, device="cuda", dtype=torch.bfloat16)
         self.products = 1
-        self.waited = 0.0
-        self._began = 0.0
         self.iteration()
 
     def iteration(self) -> None:
@@ -61,19 +60,6 @@ class Training:
         self.products = 100
         taken = on_device(self.iteration)
         self.products = max(1, round(self.products * seconds / taken))
-
-    def watch_steps(self) -> None:
-        """Tell from now on how long a step waits for the hook of the store, which must be there already."""
-
-        def before(*_: object) -> None:
-            self._began = time.perf_counter()
-
-        def after(*_: object) -> None:
-            self.waited = time.perf_counter() - self._began
-
-        self.optimizer.register_step_pre_hook(after)
-        handle = self.optimizer.register_step_pre_hook(before)
-        self.optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
 
 
 def on_device(call: Callable[[], object]) -> float:
