@@ -65,8 +65,14 @@ class Capture:
         """The place of each in `storages`, by its id."""
         self.devices = devices
         """Where they are."""
-        self._tensors = tensors if steady else []
-        self._layouts = [] if steady else [list(map(ask, tensors)) for ask in _LAYOUT]
+        self._waits = [key in steady for key in keys[: len(tensors)]]
+        """Of each tensor, whether it is steady."""
+        self._tensors = [t for t, waits in zip(tensors, self._waits, strict=True) if waits] if steady else []
+        """Those that are."""
+        # How one lies that is not steady may change as soon as this returns, without another storage: by t_(), for one.
+        now = [t for t, waits in zip(tensors, self._waits, strict=True) if not waits] if steady else tensors
+        self._layouts = _layouts_of(now)
+        self._later = _layouts_of([])
         self._whole: dict[int, tuple[Capture, list[int]]] = {}
         """Tensors that are told by more than how they lie, by their place, each with the numbers of its storages."""
         self._behind: list[int] = []  # of those of the tensors, then of those that stand for themselves
@@ -83,19 +89,20 @@ class Capture:
             return
         tensors, self._tensors = self._tensors, []
         if tensors:
-            if list(map(id, map(torch.Tensor.untyped_storage, tensors))) != self._keys[: len(tensors)]:
+            places = [place for place, waits in enumerate(self._waits) if waits]
+            if list(map(id, map(torch.Tensor.untyped_storage, tensors))) != [self._keys[place] for place in places]:
                 raise ChangedWhileSaving(
                     "a tensor was given other memory (.data = …) after save_async and before the next step, so nothing was published; "
                     "do that before save_async or after the step, or save without optimizer="
                 )
             if not are_plain(tensors):
-                self._take_whole(tensors)
-            self._layouts = [list(map(ask, tensors)) for ask in _LAYOUT]
+                self._take_whole(tensors, places)
+            self._later = _layouts_of(tensors)
         self._behind = list(map(self.numbers.__getitem__, self._keys))
         self.forget_live()
 
-    def _take_whole(self, tensors: list[torch.Tensor]) -> None:
-        for place, tensor in enumerate(tensors):
+    def _take_whole(self, tensors: list[torch.Tensor], places: Sequence[int]) -> None:
+        for nth, (tensor, place) in enumerate(zip(tensors, places, strict=True)):
             if not are_plain([tensor]):
                 whole = Capture(tensor)
                 numbers = [self.numbers[key] for key in map(id, whole.storages) if key in self.numbers]
@@ -105,7 +112,7 @@ class Capture:
                     )
                 whole.complete()
                 self._whole[place] = whole, numbers
-                tensors[place] = torch.empty(0, device="cpu")  # nobody asks how it lies
+                tensors[nth] = torch.empty(0, device="cpu")  # nobody asks how it lies
 
     def forget_live(self) -> None:
         """Let go of the live storages: they have been copied, or somebody else holds them."""
@@ -124,7 +131,9 @@ class Capture:
             raise NotSerializable(f"something in the state can be pickled, but not loaded again: {exc}") from exc
 
     def _rebuilt(self, copies: Sequence[torch.UntypedStorage]) -> Iterator[torch.Tensor]:
-        for place, (number, dtype, offset, shape, stride) in enumerate(zip(self._behind, *self._layouts)):  # noqa: B905  # bare ones follow
+        now, later = zip(*self._layouts, strict=True), zip(*self._later, strict=True)
+        for place, (number, waits) in enumerate(zip(self._behind, self._waits)):  # noqa: B905  # bare ones follow
+            dtype, offset, shape, stride = next(later if waits else now)
             if place in self._whole:
                 whole, numbers = self._whole[place]
                 yield whole.rebuild([copies[n] for n in numbers])
@@ -157,6 +166,10 @@ _LAYOUT: tuple[Callable[[torch.Tensor], Any], ...] = (
     attrgetter("shape"),
     torch.Tensor.stride,
 )
+
+
+def _layouts_of(tensors: Sequence[torch.Tensor]) -> list[list[Any]]:
+    return [list(map(ask, tensors)) for ask in _LAYOUT]
 
 
 def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]], *, careful: bool) -> bytes:

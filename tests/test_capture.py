@@ -179,6 +179,27 @@ def test_a_tensor_that_is_given_other_memory_before_it_was_copied_is_told() -> N
     still.drop()
 
 
+CHANGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "exchanged": lambda t: setattr(t, "data", torch.zeros(2)),
+    "transposed": lambda t: t.t_(),
+    "shrunk": lambda t: t.resize_(2),
+    "with a gradient": lambda t: t.requires_grad_(),
+    "with an attribute that cannot be saved": lambda t: setattr(t, "note", lambda: 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_no_step_changes_may_change_at_once(change: Callable[[torch.Tensor], object]) -> None:
+    """Not only its numbers: what it is, and how it lies in its memory, are those of the call as well."""
+    steady, other = torch.arange(3.0, requires_grad=True), torch.arange(6.0).view(2, 3)
+    state = [other, steady, torch.ones(5).untyped_storage(), steady.detach()[1:], other[1:]]
+    before = written(state)
+    still = Still(state, [optimizer_of(steady)])
+    still.copy(Place(), False)
+    change(other)
+    assert written_later(still) == before
+
+
 def test_attributes_are_those_of_the_call() -> None:
     tensor = _with_attribute()
     before = written([tensor])
