@@ -221,6 +221,7 @@ class Background:
 
     def raise_failure(self) -> None:
         """Raise what a save in the background failed with, once, if nobody has asked about it."""
+        self._forget_parents()
         with self._lock:
             while self._failed:
                 pending, error = self._failed.pop(0)

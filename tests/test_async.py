@@ -582,6 +582,38 @@ def test_a_fork_while_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(other.load()["c"], torch.ones(3))
 
 
+def test_a_fork_knows_nothing_of_what_failed_before_it(valve: Valve) -> None:
+    """Nor does it wait for a lock that a thread of its parent's had: a worker that loads data may read the store."""
+    store = store_on(valve)
+    valve.open.set()
+    checkpoint = store.save(state(1))
+    valve.trouble = BackendError("no space")
+    failed, taken, enough = threading.Event(), threading.Event(), threading.Event()
+    store.save_async(state(2)).add_done_callback(lambda _: failed.set())
+    assert failed.wait(60)
+
+    def hold() -> None:
+        with store._background._lock:
+            taken.set()
+            assert enough.wait(60)
+
+    def in_child() -> bool:
+        signal.alarm(30)  # it may wait for ever
+        valve.trouble = None
+        return store.names() == {"latest": checkpoint.id} and store.save_async(state(3)).result(60).step is None
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert taken.wait(60)
+        assert in_fork(in_child) == 0
+    finally:
+        enough.set()
+        thread.join()
+    with pytest.raises(BackendError, match="no space"):
+        store.names()
+
+
 def test_memory_of_the_parent_is_freed_in_a_fork_and_nothing_else(tmp_path: Path) -> None:
     """Although the fork has not got it: what came to lie in its place would be gone."""
     size = 64 << 20
