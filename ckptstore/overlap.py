@@ -121,6 +121,25 @@ def _inside_a_step(optimizers: Sequence[Optimizer]) -> bool:
     return False
 
 
+def _before_steps(optimizer: Optimizer, hook: Any) -> RemovableHandle:
+    """Have `hook` called before each step of `optimizer`, or of the one that it wraps: wrappers such as accelerate's have no hooks."""
+    try:
+        return optimizer.register_step_pre_hook(hook)
+    except AttributeError:  # Optimizer.__init__ has never been called
+        inner = [
+            one for one in vars(optimizer).values() if isinstance(one, Optimizer) and _parameters(one) == _parameters(optimizer)
+        ]
+        if len(inner) != 1:
+            raise UsageError(
+                f"nothing can be called before the steps of this {type(optimizer).__name__}; give the optimizers that it wraps"
+            ) from None
+        return _before_steps(inner[0], hook)
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 class Gate:
     """Has the next step of each optimizer wait until what it would change is copied."""
 
@@ -131,12 +150,16 @@ class Gate:
         self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
     def close_for(self, copy: HostCopy, optimizers: Iterable[Optimizer]) -> None:
-        """Let no step of `optimizers` begin before `copy` is complete."""
+        """Let no step of `optimizers` begin before `copy` is complete.
+
+        Raises:
+            UsageError: one has no hooks.
+        """
         with self._lock:
             for optimizer in optimizers:
                 # Once for all: torch.compile would compile a step anew each time its hooks change.
                 if optimizer not in self._handles:
-                    self._handles[optimizer] = optimizer.register_step_pre_hook(self._hook())
+                    self._handles[optimizer] = _before_steps(optimizer, self._hook())
             self._copies = (*self._copies, copy)
 
     def open_for(self, copy: HostCopy) -> None:

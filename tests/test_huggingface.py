@@ -223,6 +223,30 @@ def test_accelerate_goes_on_where_it_was(tmp_path: Path, warm: Nursery, world: i
         assert store.verify() == []
 
 
+def in_the_background(channel: Channel, url: str) -> None:
+    """Save beside a step of accelerate's optimizer."""
+    quietly()
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    before = model.weight.detach().clone()
+    with Store(url) as store:
+        pending = store.save_async({"model": model, "optimizer": optimizer}, optimizer=optimizer)
+        assert len(optimizer.optimizer._optimizer_step_pre_hooks) == 1, "the steps are its"
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        assert not torch.equal(model.weight, before)
+        assert torch.equal(pending.result(60).load()["model"]["weight"], before)
+    channel.send("saved")
+
+
+def test_a_save_in_the_background_beside_accelerates_optimizer(tmp_path: Path, warm: Nursery) -> None:
+    assert warm.start(in_the_background, str(tmp_path / "store")).rest() == [["saved"]]
+
+
 def refuse(channel: Channel, url: str) -> None:
     """Meet what cannot be."""
     quietly()

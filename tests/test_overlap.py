@@ -15,7 +15,7 @@ import torch
 from conftest import require
 from stores import new_memory, store_on
 
-from ckptstore import ChangedWhileSaving, PendingSave, Store
+from ckptstore import ChangedWhileSaving, PendingSave, Store, UsageError
 from ckptstore.hostcopy import HostCopy
 from ckptstore.overlap import stable_tensors
 
@@ -170,6 +170,51 @@ def test_several_optimizers(store: Store, held: Held) -> None:
     one_step(model, second)
     one_step(model, first)
     assert same(pending.result(60).load(), expected)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Has another one do its steps, and no hooks of its own: like accelerate's, and torch's PostLocalSGDOptimizer."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        self.inner = inner[0]
+        self.inners = inner
+
+    param_groups = property(lambda self: [group for one in self.inners for group in one.param_groups])  # type: ignore[assignment]
+    state = property(lambda self: {p: state for one in self.inners for p, state in one.state.items()})  # type: ignore[assignment]
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for one in self.inners:
+            one.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.inners:
+            one.step(closure)
+
+
+def test_a_step_of_a_wrapped_optimizer_waits_for_the_copy(store: Store, held: Held) -> None:
+    model = Net()
+    optimizer = Wrapper(OPTIMIZERS["Adam"](model.parameters()))
+    one_step(model, optimizer)
+    expected = state_of(model, optimizer)
+    pending = begin(store, model, optimizer, checked=True)
+    held.release_when_asked()
+    one_step(model, optimizer)
+    assert held.copied[0] >= 6, "all parameters were left for later"
+    assert same(pending.result(60).load(), expected)
+    store.close()
+    assert not optimizer.inner._optimizer_step_pre_hooks
+
+
+def test_a_wrapper_before_whose_steps_nothing_can_be_called_is_refused(store: Store, held: Held) -> None:
+    held.go.set()
+    model = Net()
+    optimizers = [OPTIMIZERS["SGD"](part.parameters()) for part in (model.linear, model.out)]
+    with pytest.raises(UsageError, match="give the optimizers that it wraps"):
+        begin(store, model, Wrapper(*optimizers))
+    assert begin(store, model, *optimizers).result(60).load().keys() == {"model", "optimizers"}
 
 
 def test_what_is_of_an_optimizer_that_was_not_given_is_copied_at_once(store: Store, held: Held) -> None:
