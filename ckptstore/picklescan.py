@@ -25,6 +25,8 @@ _LINES = {ord(op.code): 2 if op.name in ("GLOBAL", "INST") else 1 for op in pick
 
 _STORAGE_ITEM = {"Double": 8, "Float": 4, "Half": 2, "Long": 8, "Int": 4, "Short": 2, "BFloat16": 2, "ComplexDouble": 16}
 _STORAGE_ITEM |= {"ComplexFloat": 8, "QInt32": 4}
+_PACKED = {"torch.QUInt4x2Storage": 2, "torch.QUInt2x4Storage": 4}
+"""Elements in a byte; each row begins with a byte of its own."""
 _DTYPE_ITEM = {"torch.double": 8, "torch.float": 4, "torch.half": 2, "torch.long": 8, "torch.int": 4, "torch.short": 2}
 _COPIES = {"builtins.set", "collections.OrderedDict", "collections.Counter"}
 _ASKS = {*_COPIES, "torch.Size", "builtins.bytearray", "_codecs.encode"}
@@ -52,6 +54,8 @@ class _Sized:
 class _Storage:
     nbytes: int
     item: int
+    packed: int = 1
+    """Elements in an item."""
 
 
 @dataclass(slots=True)
@@ -237,7 +241,7 @@ class _Machine:
         if key not in self.seen:
             self.seen.add(key)
             self._take_bytes(self.records[key], f"storage {key}")
-        return _Storage(self.records[key], item)
+        return _Storage(self.records[key], item, _PACKED.get(kind, 1))
 
     def _call(self, func: object, args: object) -> object:
         """Account for ``func(*args)``; returns what is known of the result."""
@@ -305,9 +309,14 @@ class _Machine:
         item = _dtype_item(dtype) if dtype else storage.item
         last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         numel = _product(list(size))
-        if numel and (offset + last + 1) * item > storage.nbytes:
+        reach, taken = offset + last + 1, numel
+        if storage.packed > 1 and numel and not dtype:
+            row = size[-1] if size else 1
+            taken = numel // row * -(-row // storage.packed)
+            reach = max(-(-reach // storage.packed), taken)
+        if numel and reach * item > storage.nbytes:
             raise UnsafeContent(f"a tensor of shape {list(size)} reaches beyond its storage of {storage.nbytes} bytes")
-        if whole and numel * item > self.budget:
+        if whole and taken * item > self.budget:
             raise UnsafeContent(f"a quantized tensor of shape {list(size)} is larger than the whole file")
         return _Tensor(numel * item, dtype)
 

@@ -115,6 +115,18 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         ),
         "larger than the whole file",
     ),
+    **{
+        f"quantized, {why}": (
+            call(
+                name(TORCH, "_rebuild_qtensor"),
+                *(storage(8, kind="QUInt4x2Storage"), number(0), tup(*map(number, size)), tup(number(size[1]), number(1))),
+                tup(name("torch", "per_tensor_affine"), b"G" + struct.pack(">d", 0.1), b"K\x00"),
+                *(b"\x89", call(name("collections", "OrderedDict"))),
+            ),
+            "reaches beyond its storage",
+        )
+        for why, size in {"two to a byte, and one more": (1, 17), "each row of which begins with a byte of its own": (5, 3)}.items()
+    },
     "legacy set_": (
         name("torch", "Tensor") + b")\x81" + tup(storage(2), number(0), tup(number(HUGE)), tup(number(1))) + b"b",
         "reaches beyond its storage",
