@@ -122,13 +122,17 @@ class Capture:
         """Return an object that `torch.save` writes as it would have written the state, over `copies` of the storages.
 
         Raises:
-            NotSerializable: something in it can be pickled, but not unpickled.
+            NotSerializable: something in it can be pickled, but not unpickled, or the memory of a tensor had been freed.
         """
+        empty = [copy for copy in copies if not copy.nbytes()]
         bare = ((copies[number], dtype) for number, dtype in zip(self._behind[-len(self._bare) :], self._bare, strict=True))
         try:
-            return _Unpickler(io.BytesIO(self._structure), self._rebuilt(copies), bare if self._bare else iter(())).load()
+            state = _Unpickler(io.BytesIO(self._structure), self._rebuilt(copies), bare if self._bare else iter(())).load()
         except Exception as exc:
             raise NotSerializable(f"something in the state can be pickled, but not loaded again: {exc}") from exc
+        if any(copy.nbytes() for copy in empty):  # torch has given a tensor the memory that it was told of
+            raise NotSerializable("a tensor reaches beyond its storage, which is empty; save it while its memory is there")
+        return state
 
     def _rebuilt(self, copies: Sequence[torch.UntypedStorage]) -> Iterator[torch.Tensor]:
         now, later = zip(*self._layouts, strict=True), zip(*self._later, strict=True)
@@ -245,4 +249,12 @@ class _Unpickler(pickle.Unpickler):
         self._leaves = {_tensor.__name__: tensor, _storage.__name__: storage}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return _rebuild_over_untyped
         return self._leaves[name] if module == __name__ else super().find_class(module, name)
+
+
+def _rebuild_over_untyped(storage: torch.UntypedStorage, *layout: Any) -> torch.Tensor:
+    """Do as torch for a dtype without a storage class of its own: it writes the untyped storage, but wants a typed one back."""
+    typed = torch.TypedStorage(wrap_storage=storage, dtype=torch.uint8, _internal=True)  # type: ignore[no-untyped-call]
+    return torch._utils._rebuild_tensor_v3(typed, *layout)  # type: ignore[no-untyped-call, no-any-return]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .unpicklable import check_reach
+
 __all__ = ["are_plain", "have_attributes", "reduction"]
 
 _is_cpu = attrgetter("is_cpu")
@@ -56,6 +58,9 @@ def reduction(tensor: torch.Tensor) -> Any:
     """Return what torch's ``__reduce_ex__`` makes of a tensor of exactly this class, or NotImplemented: then torch is to be asked.
 
     It asks each tensor about all that it might be, which takes three times as long.
+
+    Raises:
+        pickle.PicklingError: torch could not load it; see `check_reach`.
     """
     if (
         tensor.is_cpu
@@ -71,10 +76,12 @@ def reduction(tensor: torch.Tensor) -> Any:
 
 
 def _reduction(tensor: torch.Tensor) -> Any:
-    storage = torch.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)  # type: ignore[no-untyped-call]
+    untyped, dtype = tensor.untyped_storage(), tensor.dtype
+    layout = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    check_reach(untyped.nbytes(), dtype.itemsize, *layout)
+    storage = torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
     no_hooks: OrderedDict[Any, Any] = OrderedDict()
-    arguments = storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), False, no_hooks
-    return torch._utils._rebuild_tensor_v2, arguments
+    return torch._utils._rebuild_tensor_v2, (storage, *layout, False, no_hooks)
 
 
 @cache

@@ -27,7 +27,7 @@ from .checksum import crc32
 from .errors import BackendError, NotSerializable
 from .opcodes import global_names
 from .plaintensor import reduction
-from .unpicklable import check_storage, refusal
+from .unpicklable import check_storage, check_tensor, refusal
 from .zipsums import ZipSums
 
 __all__ = ["Sink", "save"]
@@ -312,7 +312,9 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is torch.Tensor:
             found = reduction(obj)
-            if found is not NotImplemented:
+            if found is NotImplemented:
+                check_tensor(obj)
+            else:
                 self._hooks = found[1][-1]
             return found
         # The empty dictionary that came with the tensor: asked itself, it says the same, and takes longer than all else of a tensor.

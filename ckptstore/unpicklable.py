@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import mul
 from typing import Any
 
 import torch
 
-__all__ = ["check_storage", "refusal"]
+__all__ = ["check_reach", "check_storage", "check_tensor", "refusal"]
 
 _REFUSALS = (pickle.PicklingError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 """What the pickler and torch raise for an object they cannot write; `RecursionError` and `NotImplementedError` are RuntimeErrors."""
@@ -34,6 +35,42 @@ def check_storage(storage: Any) -> Any:
             "save a clone() of it"
         )
     return untyped
+
+
+def check_reach(stored: int, item: int, offset: int | torch.SymInt, shape: Sequence[int], stride: Sequence[int]) -> None:
+    """Refuse a tensor, of elements of `item` bytes, that reaches beyond its storage of `stored` bytes: torch.load wants all of it.
+
+    It has, for instance, after ``untyped_storage().resize_(0)``, by which memory is freed under a tensor that lives on. Seen in torch 2.13.
+
+    Raises:
+        pickle.PicklingError: says what to do.
+    """
+    if (offset + sum(map(mul, shape, stride)) - sum(stride) + 1) * item > stored and 0 not in shape:
+        raise pickle.PicklingError(
+            f"a tensor of shape {list(shape)} reaches beyond its storage of {stored} bytes, which torch.load would refuse; "
+            "save it while its memory is there"
+        )
+
+
+def check_tensor(tensor: torch.Tensor) -> None:
+    """Do as `check_reach` for a tensor of exactly this class, and refuse a gradient where torch.load does. Seen in torch 2.13.
+
+    It does so for dtypes that have no storage class of their own; parameters of these do load.
+
+    Raises:
+        pickle.PicklingError: says what to do.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or not (tensor.is_cpu or tensor.is_cuda):
+        return
+    stored = tensor.untyped_storage().nbytes()
+    check_reach(stored, tensor.dtype.itemsize, tensor.storage_offset(), tensor.shape, tensor.stride())
+    if tensor.requires_grad and tensor.dtype not in _WITH_GRADIENT:
+        raise pickle.PicklingError(
+            f"a tensor of {tensor.dtype} requires a gradient, and is no parameter, which torch.load would refuse; save a detach() of it"
+        )
+
+
+_WITH_GRADIENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 
 
 def refusal(exc: BaseException, obj: Any) -> str | None:
@@ -95,6 +132,11 @@ def _can_pickle(obj: Any) -> bool:
 
 class _Probe(pickle.Pickler):
     """Pickles everything but the bytes of tensors."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor:
+            check_tensor(obj)
+        return NotImplemented
 
     def persistent_id(self, obj: Any) -> str | None:
         if not isinstance(obj, (torch.TypedStorage, torch.UntypedStorage)):

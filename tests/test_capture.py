@@ -94,6 +94,13 @@ DTYPES = sorted(
     key=str,
 )
 
+
+def _odd_with_attribute() -> Any:
+    tensor = torch.ones(3, dtype=torch.uint16)
+    tensor.note = ["kept"]  # type: ignore[attr-defined]
+    return tensor
+
+
 STATES: dict[str, Callable[[], Any]] = {
     "model": _model,
     "tied and views": _tied,
@@ -107,6 +114,9 @@ STATES: dict[str, Callable[[], Any]] = {
     "with an attribute": _with_attribute,
     "sparse": lambda: torch.eye(3).to_sparse(),
     "sparse, compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "no storage class, subclass": lambda: torch.ones(3).to(torch.float8_e5m2).as_subclass(Tagged),
+    "no storage class, attribute": _odd_with_attribute,
+    "no storage class, conjugate": lambda: torch.empty(3, dtype=torch.complex32).fill_(1j).conj(),
     "quantized": lambda: torch.quantize_per_tensor(torch.arange(4.0), 0.5, 2, torch.quint8),
     "conjugate": lambda: torch.view_as_complex(torch.arange(8.0).view(4, 2)).conj(),
     "negative view": lambda: torch.view_as_complex(torch.arange(8.0).view(4, 2)).conj().imag,
@@ -309,6 +319,20 @@ def test_what_could_never_be_loaded_is_refused() -> None:
     still = held({"o": OneWay()})
     still.finish_copy()
     with pytest.raises(NotSerializable, match="not twice"):
+        still.state()
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.Tensor.detach, torch.nn.Parameter, torch.Tensor.requires_grad_], ids=["plain", "parameter", "with a gradient"]
+)
+@pytest.mark.parametrize("left", [0, 16])
+def test_a_tensor_whose_memory_was_freed_is_refused(kind: Callable[[torch.Tensor], torch.Tensor], left: int) -> None:
+    """torch would give it new memory, with whatever is in there."""
+    tensor = kind(torch.arange(8.0))
+    tensor.untyped_storage().resize_(left)  # type: ignore[no-untyped-call]
+    still = held({"ok": torch.ones(3), "empty": torch.ones(0), "freed": tensor})
+    still.finish_copy()
+    with pytest.raises(NotSerializable):
         still.state()
 
 

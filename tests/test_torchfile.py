@@ -446,6 +446,53 @@ def odd() -> torch.Tensor:
     return torch.zeros(10, dtype=torch.uint8)[:8].view(torch.float32)
 
 
+def freed(kind: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach) -> torch.Tensor:
+    """A tensor whose memory is gone, as some free it for a while."""
+    tensor = kind(torch.arange(8.0))
+    tensor.untyped_storage().resize_(0)  # type: ignore[no-untyped-call]
+    return tensor
+
+
+UNLOADABLE: dict[str, Callable[[], torch.Tensor]] = {
+    "freed": freed,
+    "a freed parameter": lambda: freed(torch.nn.Parameter),
+    "a freed one with a gradient": lambda: freed(lambda tensor: tensor.requires_grad_()),
+    "freed in part": lambda: (t := torch.arange(8.0), t.untyped_storage().resize_(16))[0],  # type: ignore[no-untyped-call]
+    "strides beyond the end": lambda: (t := torch.arange(8.0)[::7], t.untyped_storage().resize_(28))[0],  # type: ignore[no-untyped-call]
+    "a gradient for a dtype without a storage class": lambda: torch.ones(2).to(torch.float8_e5m2).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("make", UNLOADABLE.values(), ids=UNLOADABLE.keys())
+def test_a_tensor_that_torch_could_not_load_is_refused_with_its_place(make: Callable[[], torch.Tensor]) -> None:
+    file = io.BytesIO()
+    torch.save([make()], file)
+    with pytest.raises(RuntimeError):  # should torch learn to, the refusal can go
+        torch.load(io.BytesIO(file.getvalue()))
+    sink = Sink()
+    with pytest.raises(NotSerializable, match=r"cannot write obj\['w'\]\[0\] .* torch.load would refuse"):
+        torchfile.save({"large": torch.ones(100_000), "w": [make()]}, sink)
+    assert sink.pieces == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: freed()[:0],
+        lambda: torch.empty(0, 3)[:, 2:],
+        lambda: torch.ones(3).as_strided((2, 2), (0, 2)),
+        lambda: torch.nn.Parameter(torch.ones(2).to(torch.float8_e5m2)),
+        lambda: torch.quantize_per_channel(torch.rand(2, 3), torch.ones(2), torch.zeros(2), 0, torch.quint4x2),
+    ],
+    ids=["nothing of it", "empty", "to the very end", "a parameter without a storage class", "two in a byte"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_what_only_looks_so_is_saved(make: Callable[[], torch.Tensor]) -> None:
+    tensor = make()
+    loaded = torchload.load(saved([tensor])[1])[0]
+    assert loaded.shape == tensor.shape and loaded.dtype == tensor.dtype and loaded.requires_grad == tensor.requires_grad
+
+
 UNPICKLABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "lambda": (lambda: {"optimizer": {"fn": lambda: 0}}, "obj['optimizer']['fn']"),
     "lock": (lambda: [1, (2, threading.Lock())], "obj[1][1]"),
