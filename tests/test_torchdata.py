@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -84,6 +85,42 @@ def test_our_sampler_inside(tmp_path: Path, workers: int, stop: int) -> None:
     assert epochs(sampler, loader, 2) == [whole[2]]
 
 
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2, "persistent_workers": True, "snapshot_every_n_steps": 99}])
+def test_the_loop_of_the_docs_goes_on_in_the_right_epoch(options: dict[str, Any]) -> None:
+    """Wherever it was saved and stopped: before an epoch, in it, with its last batch, and after its end."""
+
+    def run(url: str, stop: int | None) -> list[list[int]]:
+        sampler = InterruptableDistributedSampler(DATA, seed=3)
+        loader: Any = StatefulDataLoader(DATA, batch_size=20, sampler=InLoader(sampler), **options)
+        seen: list[list[int]] = []
+        with Store(url) as store:
+            progress = {"saves": 0}
+            store.resume(progress, sampler=LoaderState(loader))
+
+            def save() -> bool:
+                progress["saves"] += 1
+                store.save(progress, sampler=LoaderState(loader))
+                return progress["saves"] == stop
+
+            if save():  # again what it was resumed from
+                return seen
+            for epoch in range(sampler.epoch, 3):
+                sampler.set_epoch(epoch)
+                for batch in loader:
+                    seen.append(numbers([batch]))
+                    if save():
+                        return seen
+                if save():
+                    return seen
+        return seen
+
+    whole = run(f"memory://{uuid4()}", None)
+    assert len(whole) == 9
+    for stop in (1, 3, 4, 5, 8, 9, 13) if not options else (5, 8):
+        url = f"memory://{uuid4()}"
+        assert run(url, stop) + run(url, stop + 1) + run(url, None) == whole, stop
+
+
 def test_on_another_number_of_ranks() -> None:
     """The state is global, so any rank's will do."""
 
@@ -138,9 +175,8 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(SamplerMismatch):
             store.resume({}, "b", sampler=sampler)
         other = StatefulDataLoader(DATA, batch_size=4, sampler=InLoader(InterruptableSampler(DATA, seed=2)))
-        store.resume({}, "b", sampler=LoaderState(other))
         with pytest.raises(SamplerMismatch, match="seed"):
-            next(iter(other))
+            store.resume({}, "b", sampler=LoaderState(other))
         workers = StatefulDataLoader(DATA, batch_size=4, num_workers=1)
         store.resume({}, "b", sampler=LoaderState(workers))
         with pytest.raises(Exception, match=r"workers|key|snapshot"):

@@ -27,6 +27,9 @@ __all__ = ["InLoader", "LoaderState"]
 BY = "torchdata"
 _VERSION = require_version("torchdata", "torchdata", (0, 11), 1)
 _TENSOR = "torchdata tensor"
+_FINISHED = "_iterator_finished"
+_OTHERS = ("dataset_state", "fetcher_state", "_worker_snapshots")
+"""What a loader's state has of data sets, which may hold samplers of their own."""
 
 
 class LoaderState:
@@ -37,15 +40,21 @@ class LoaderState:
         if not callable(getattr(loader, "state_dict", None)) or not callable(getattr(loader, "load_state_dict", None)):
             raise UsageError(f"a {type(loader).__name__} has no state; use torchdata.stateful_dataloader.StatefulDataLoader")
         self._loader = loader
+        batches = getattr(loader, "batch_sampler", None)
+        inside = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        self._ours = next((sampler for sampler in inside if isinstance(sampler, InLoader)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {BY: _VERSION, "loader": _packed(self._loader.state_dict())}
+        loaded = self._ours and self._ours.loaded
+        return {BY: _VERSION, "loader": _packed(self._loader.state_dict() if loaded is None else loaded)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where `state_dict` says, with the next iteration.
 
+        A sampler of ours in it says the epoch from now on, which is the next one if the state was saved after the end of one.
+
         Raises:
-            StateMismatch: something else than a `LoaderState` made it, or the loader does not take it.
+            StateMismatch: something else than a `LoaderState` made it, or the loader, or our sampler in it, does not take it.
         """
         if BY not in state_dict:
             kind = state_dict.get("kind", "something else")
@@ -53,7 +62,10 @@ class LoaderState:
                 f"this is the state of a sampler of ckptstore ({kind}), not of a StatefulDataLoader; give resume that"
             )
         try:
-            self._loader.load_state_dict(_unpacked(state_dict["loader"]))
+            state = _unpacked(state_dict["loader"])
+            self._loader.load_state_dict(self._ours.go_on(state) if self._ours else state)
+        except StateMismatch:
+            raise
         except (AssertionError, KeyError, TypeError, ValueError) as exc:
             raise StateMismatch(f"the loader does not take the saved state: {exc}") from exc
 
@@ -69,12 +81,36 @@ class InLoader(Sampler[Any]):
         if not isinstance(sampler, Interruptable):
             raise UsageError(f"InLoader takes one of ckptstore's samplers, not a {type(sampler).__name__}")
         self._sampler = sampler
+        self.loaded: dict[str, Any] | None = None
+        """The state that the loader was given last, until it iterates."""
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        self.loaded = None
         return _Position(self._sampler)
+
+    def go_on(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Have the sampler say the epoch in which a loader with this `state` goes on, and return what to give to the loader.
+
+        The loader looks at it only when it iterates, and if the state is from the end of an epoch it begins anew then: with the next one.
+
+        Raises:
+            SamplerMismatch, AdvancedTooFarError: it is not of a sampler like this one; nothing was changed.
+        """
+        given = copy.deepcopy(state)
+        for position in _positions(given):
+            start = copy.copy(self._sampler)
+            start.load_state_dict(position)
+            if state.get(_FINISHED):
+                start.reset_progress()
+                start.epoch += 1
+                position.update(start.state_dict())
+            self._sampler.reset_progress()
+            self._sampler.set_epoch(start.epoch)
+        self.loaded = state
+        return given
 
 
 class _Position(Iterator[Any]):
@@ -105,6 +141,17 @@ class _Position(Iterator[Any]):
         self._sampler.reset_progress()
         self._sampler.set_epoch(start.epoch)
         self._begin(start)
+
+
+def _positions(value: Any) -> Iterator[dict[str, Any]]:
+    """Find the states that a `_Position` has made in that of a loader, which differs with the number of workers."""
+    if isinstance(value, dict):
+        if {"kind", "epoch", "consumed"} <= value.keys():
+            yield value
+        else:
+            for key, item in value.items():
+                if key not in _OTHERS:
+                    yield from _positions(item)
 
 
 def _packed(value: Any) -> Any:
