@@ -193,10 +193,14 @@ class Checkpoint:
 
         if isinstance(names, str):
             raise UsageError(f"names must be a list of paths, as in [{names!r:.200}]")
+        names = list(names)
+        for wanted in names:
+            if not isinstance(wanted, str):
+                raise UsageError(f"names must be paths, as tensor_names() lists them, not {wanted!r:.200}")
         entry = self._file(file)
         with self._damaged_or_pruned():
             stored = self._stored(entry)
-            return loading.load_tensors(stored, list(names), weights_only=weights_only, name=f"{self.id}/{file}")
+            return loading.load_tensors(stored, names, weights_only=weights_only, name=f"{self.id}/{file}")
 
     def tensor_names(self, file: str = STATE_FILE, *, weights_only: bool = True) -> list[str]:
         """Return the paths of all tensors in `file`, for `load_tensors`. Raises as that does."""

@@ -21,7 +21,7 @@ import torch
 from . import archive, ondevice, rebuild, torchload
 from .archive import Record
 from .checkedfile import CheckedFile, checked_outline
-from .errors import NotFound, UsageError
+from .errors import NotFound, UnsafeContent, UsageError
 from .protocol import LocalFiles
 from .reading import Piece, StoredFile
 from .rebuild import Hollow, NotPlain, Place
@@ -88,10 +88,11 @@ def load_tensors(file: StoredFile, names: Sequence[str], *, weights_only: bool, 
         plain = PlainFile(file, on_cpu("cpu"), name)
         for _ in plain.tensors():  # or NotPlain
             pass
-        wanted = _named(plain.value, names, name)
+        wanted = _named(plain.value, names, file.entry.size, name)
         return dict(rebuild.fill(wanted, plain.read(wanted.values(), all_chunks=False)))
     except NotPlain:
-        return _named(load(file, map_location="cpu", weights_only=weights_only, name=name), names, name)
+        whole = load(file, map_location="cpu", weights_only=weights_only, name=name)
+        return _named(whole, names, file.entry.size, name)
 
 
 def tensor_names(file: StoredFile, *, weights_only: bool, name: str) -> list[str]:
@@ -100,9 +101,10 @@ def tensor_names(file: StoredFile, *, weights_only: bool, name: str) -> list[str
         plain = PlainFile(file, on_cpu("cpu"), name)
         for _ in plain.tensors():  # or NotPlain
             pass
-        return list(dict(_paths(plain.value)))
+        return list(dict(_paths(plain.value, file.entry.size, name)))
     except NotPlain:
-        return list(dict(_paths(load(file, map_location="cpu", weights_only=weights_only, name=name))))
+        whole = load(file, map_location="cpu", weights_only=weights_only, name=name)
+        return list(dict(_paths(whole, file.entry.size, name)))
 
 
 def is_cpu(map_location: Any) -> bool:
@@ -133,9 +135,9 @@ def _device(location: Any) -> torch.device | None:
     return device if (device.index or 0) < torch.cuda.device_count() else None
 
 
-def _named(result: Any, names: Sequence[str], name: str) -> dict[str, Any]:
+def _named(result: Any, names: Sequence[str], size: int, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for path, tensor in _paths(result):
+    for path, tensor in _paths(result, size, name):
         if path in found and found[path] is not tensor and path in names:
             raise UsageError(f"two tensors of {name} have the path {path!r:.200}, because of a dot in a key; load it whole")
         found[path] = tensor
@@ -146,13 +148,45 @@ def _named(result: Any, names: Sequence[str], name: str) -> dict[str, Any]:
     return {wanted: found[wanted] for wanted in names}
 
 
-def _paths(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors in nested dicts, lists and tuples by the keys and indices that lead to them."""
-    if isinstance(value, (torch.Tensor, Hollow)):
-        yield path, value
-    elif isinstance(value, (dict, list, tuple)) and id(value) not in above:
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _paths(item, f"{path}.{key}" if path else str(key), (*above, id(value)))
+def _paths(value: Any, size: int, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors in nested dicts, lists and tuples by the keys and indices that lead to them.
+
+    Args:
+        size: bytes of the file, to which the memory that this takes is in proportion: a list that holds another twice, which holds
+            another twice, and so on, has no end of paths.
+
+    Raises:
+        UnsafeContent
+    """
+    left = _PATHS + 2 * size
+    above: set[int] = set()
+    levels: list[tuple[int, Iterator[tuple[str, Any]]]] = [(0, iter([("", value)]))]
+    while levels:
+        node, parts = levels[-1]
+        for path, part in parts:
+            left -= _PATH + len(path)
+            if left < 0:
+                raise UnsafeContent(
+                    f"{name} holds the same containers over and over, so its tensors have too many paths; load it whole"
+                )
+            if isinstance(part, (torch.Tensor, Hollow)):
+                yield path, part
+            elif isinstance(part, (dict, list, tuple)) and id(part) not in above:
+                above.add(id(part))
+                levels.append((id(part), _parts(part, path)))
+                break
+        else:
+            levels.pop()
+            above.discard(node)
+
+
+_PATHS, _PATH = 32 << 20, 64
+"""Bytes that all paths may always take, and one takes besides its text."""
+
+
+def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield f"{path}.{key}" if path else str(key), item
 
 
 class PlainFile:

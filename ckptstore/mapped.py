@@ -101,7 +101,8 @@ def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[
         for tensor in (tensor for part in held(result) for tensor in rebuild.tensors_of(part)):
             view = tensor.untyped_storage()
             address = view.data_ptr()
-            if not view.nbytes():
+            if not view.nbytes():  # but it holds on to the file
+                tensor.set_(new_storage(0), tensor.storage_offset(), tensor.size(), tensor.stride())
                 continue
             if address not in owned:
                 owned[address] = storage = new_storage(view.nbytes())

@@ -16,7 +16,7 @@ import stores
 import torch
 
 from ckptstore import Store, loading, pages, torchload, userfault
-from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, UsageError
+from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, UnsafeContent, UsageError
 from ckptstore.protocol import LocalFiles
 from ckptstore.testing import FaultyBackend
 
@@ -222,6 +222,25 @@ def test_after_resume_nothing_refers_to_the_file(tmp_path: Path) -> None:
             assert_same(live_optimizer.state_dict()["state"][index], moments)
 
 
+def test_after_resume_not_even_an_empty_tensor_refers_to_the_file(tmp_path: Path) -> None:
+    def trained() -> dict[str, Any]:
+        model = torch.nn.Linear(2, 2)
+        model.empty = torch.nn.Parameter(torch.empty(0, 3))
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.rand(1, 2)).sum().backward()
+        model.empty.grad = torch.empty(0, 3)
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer}
+
+    with Store(tmp_path / "s") as store:
+        store.save(trained())
+        live = trained()
+        store.resume(live)
+        moments = live["optimizer"].state[live["model"].empty]
+        assert moments["exp_avg"].shape == (0, 3) and moments["exp_avg"].stride() == (3, 1)
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_resume_maps_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(tmp_path / "s") as store:
         model = torch.nn.Linear(100, 100)
@@ -379,6 +398,21 @@ def test_a_tensor_that_is_not_there(tmp_path: Path) -> None:
             store.checkpoint().load_tensors(["model.layer3.weigth"])
         with pytest.raises(UsageError, match="a list of paths"):
             store.checkpoint().load_tensors("model.layer3.weight")
+        with pytest.raises(UsageError, match="must be paths"):
+            store.checkpoint().load_tensors([0])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("leaf", [torch.ones(1), 5, torch.eye(2).to_sparse()], ids=["a tensor", "a number", "not plain"])
+def test_a_small_file_with_too_many_paths(leaf: Any, tmp_path: Path) -> None:
+    twice = [leaf]
+    for _ in range(60):
+        twice = [twice, twice]
+    with Store(tmp_path / "s") as store:
+        checkpoint = store.save({"twice": twice})
+        with pytest.raises(UnsafeContent, match="too many paths"):
+            checkpoint.tensor_names()
+        with pytest.raises(UnsafeContent, match="too many paths"):
+            checkpoint.load_tensors(["twice.0"])
 
 
 def test_two_tensors_of_one_path(tmp_path: Path) -> None:
