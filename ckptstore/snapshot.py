@@ -213,13 +213,17 @@ class Plan:
 
         if not self._kind(_is_tensor(state), "tensor", state, path):
             return
-        for what in ("shape", "dtype", "layout"):
+        nested = target.is_nested and state.is_nested  # whose own shape, if they have one, never equals another's
+        for what in ("dtype", "layout") if nested else ("is_nested", "shape", "dtype", "layout"):
             wanted, saved = getattr(target, what), getattr(state, what)
             if wanted != saved:
                 self._problems.append(f"{path or 'the tensor'} has {what} {_text(wanted)}, but {_text(saved)} was saved")
                 return
         if target.is_meta:
             self._problems.append(f"{path or 'the tensor'} is on the meta device and has no memory to restore into")
+            return
+        if nested:
+            self._sequence(target.detach().unbind(), state.detach().unbind(), path)
             return
         self._actions.append((path, torch.no_grad()(lambda: target.copy_(state))))
 

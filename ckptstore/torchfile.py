@@ -158,7 +158,10 @@ def _is_small(obj: Any) -> bool:
         elif kind is torch.Tensor or kind is torch.nn.Parameter:
             if value.layout is not torch.strided:
                 return False
-            left -= value.untyped_storage().nbytes()
+            try:
+                left -= value.untyped_storage().nbytes()
+            except RuntimeError:  # it has none, and torch will say so
+                return False
             if left < 0:
                 return False
         elif kind is str or kind is bytes:

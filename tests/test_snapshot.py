@@ -190,6 +190,24 @@ def test_special_tensors_are_restored() -> None:
     assert target["scalar"].item() == 5
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_restored(layout: torch.layout) -> None:
+    def nested(*lengths: int, value: float) -> torch.Tensor:
+        return torch.nested.nested_tensor([torch.full((n, 2), value) for n in lengths], layout=layout)
+
+    target = {"n": nested(2, 3, value=0)}
+    snapshot.restore(target, through_a_file({"n": nested(2, 3, value=7)}))
+    assert [part.tolist() for part in target["n"].unbind()] == [[[7.0] * 2] * 2, [[7.0] * 2] * 3]
+    for other, why in (
+        (nested(2, 4, value=1), r"\['n'\]\[1\] has shape \[3, 2\], but \[4, 2\] was saved"),
+        (nested(2, value=1), r"\['n'\] has 2 items, but 1 were saved"),
+        (torch.ones(5, 2), r"\['n'\] has is_nested True, but False was saved"),
+    ):
+        with pytest.raises(StateMismatch, match=why):
+            snapshot.restore(target, {"n": other})
+
+
 def test_shared_objects_are_restored_once() -> None:
     counter = Counter()
     state = through_a_file({"a": (shared := Counter(5)), "b": [shared]})

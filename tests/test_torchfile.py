@@ -513,6 +513,17 @@ def test_what_cannot_be_saved_is_named_with_its_place(make: Callable[[], Any], w
     assert sink.pieces == [], "nothing was written for an object that cannot be saved"
 
 
+def test_a_tensor_that_has_no_storage_is_named() -> None:
+    """However small the state is."""
+
+    def save(value: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(NotSerializable, match=r"obj\['x'\]"):
+            torchfile.save({"x": value}, Sink())
+        return value
+
+    torch.vmap(save)(torch.ones(3, 2))
+
+
 def test_nesting_beyond_the_stack_is_said_so() -> None:
     with pytest.raises(NotSerializable, match="nested too deeply"):
         torchfile.save(nested_deeply(100_000), Sink())
