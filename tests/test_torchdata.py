@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,16 @@ def test_on_another_number_of_ranks() -> None:
         seen = [n for batches in before for n in numbers(batches)] + [n for part in rest for n in part]
         assert set(seen) == set(range(LENGTH))
         assert len(seen) < LENGTH + world
+
+
+def test_nothing_for_this_rank() -> None:
+    sampler = InterruptableDistributedSampler(TensorDataset(torch.arange(1)), 2, 0, drop_last=True)
+    loader: Any = StatefulDataLoader(TensorDataset(torch.arange(1)), sampler=InLoader(sampler))
+    assert list(loader) == []
+    state = LoaderState(loader).state_dict()
+    assert json.loads(json.dumps(state)) == state
+    LoaderState(loader).load_state_dict(state)
+    assert sampler.epoch == 1
 
 
 def test_a_batch_sampler_of_ours() -> None:

@@ -45,7 +45,7 @@ class LoaderState:
         self._ours = next((sampler for sampler in inside if isinstance(sampler, InLoader)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        loaded = self._ours and self._ours.loaded
+        loaded = None if self._ours is None else self._ours.loaded
         return {BY: _VERSION, "loader": _packed(self._loader.state_dict() if loaded is None else loaded)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class LoaderState:
             )
         try:
             state = _unpacked(state_dict["loader"])
-            self._loader.load_state_dict(self._ours.go_on(state) if self._ours else state)
+            self._loader.load_state_dict(state if self._ours is None else self._ours.go_on(state))
         except StateMismatch:
             raise
         except (AssertionError, KeyError, TypeError, ValueError) as exc:
