@@ -249,6 +249,17 @@ class TestShow:
 
 
 class TestWhichStore:
+    def test_the_demo_takes_it_from_the_environment_too(
+        self, url: str, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("CKPTSTORE_URL", raising=False)
+        assert "CKPTSTORE_URL, which is not set" in run("demo", "-")[2]
+        monkeypatch.setenv("CKPTSTORE_URL", url)
+        status, out, err = run("demo", "-")
+        assert (status, out, f"{url} is in use" in err) == (2, "", True)
+        assert not Path("-").exists()
+
     def test_the_environment_may_say(self, url: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         for words in (["ls"], ["verify"], ["show"], ["ls", "-"], ["show", "-", "latest"], ["gc"]):
             monkeypatch.delenv("CKPTSTORE_URL", raising=False)
@@ -551,8 +562,8 @@ class TestChanges:
             Store(url).acquire()
         assert lost in run("ls", url)[1].splitlines()[-2]
         assert json.loads(run("ls", url, "--json")[1])["spared"] == [lost, also_lost]
-        out = run("gc", url)[1]
-        assert f"ckptstore tag {url} NAME {lost}" in out
+        out = run("gc", f"{url}?keep_last=3")[1]
+        assert f"ckptstore tag '{url}?keep_last=3' NAME {lost}" in out
         assert run("tag", url, "found", lost)[0] == 0
         flip(Path(url, "data", also_lost, "model.bin"), 0)
         status, _, err = run("tag", url, "found-too", also_lost)
@@ -662,6 +673,30 @@ class TestStatusAndStreams:
         assert done.returncode == 3
         assert set(done.stderr.splitlines()) == {"ckptstore: the output: could not write this: No space left on device"}
 
+    @pytest.mark.parametrize("target", ["/dev/full", "pipe"])
+    def test_errors_that_cannot_be_written(self, url: str, target: str) -> None:
+        """The exit status is still what the docs say."""
+        reader, writer = os.pipe() if target == "pipe" else (os.open(os.devnull, os.O_RDONLY), os.open(target, os.O_WRONLY))
+        os.close(reader)
+        for words, out, status in ((["ls", url + "x"], subprocess.DEVNULL, 3), (["ls", url + "?x=1"], writer, 2)):
+            done = subprocess.run(command(*words), stdout=out, stderr=writer, env=environment(), check=False)
+            assert done.returncode == status
+        os.close(writer)
+
+    def test_interrupted_while_importing(self) -> None:
+        code = """
+import sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "ckptstore.store":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from ckptstore.cli import main
+sys.exit(main(["ls"]))
+"""
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "ckptstore: interrupted\n")
+
     @pytest.mark.parametrize("closed", [[1], [2], [1, 2]])
     def test_closed_streams(self, url: str, closed: list[int]) -> None:
         code = f"import os, sys; [os.close(n) for n in {closed}]; os.execv(sys.executable, {command('ls', url + 'x')})"
@@ -690,6 +725,12 @@ for words in (["ls", url], ["show", url], ["tag", url, "x", "latest"], ["gc", ur
         assert done.returncode == 0, done.stderr
 
 
+def interrupted_in_an_import() -> RuntimeError:
+    error = RuntimeError("Error calling __set_name__ on 'cached_property' instance 'x' in 'Y'")
+    error.__cause__ = KeyboardInterrupt()
+    return error
+
+
 class TestTrouble:
     """What nobody foresaw still ends in one line."""
 
@@ -699,6 +740,7 @@ class TestTrouble:
             (RuntimeError("the key is hunter2"), 70, "this is a bug in ckptstore (RuntimeError in test_cli.py:"),
             (MemoryError(), 3, "out of memory"),
             (KeyboardInterrupt(), 130, "interrupted"),
+            (interrupted_in_an_import(), 130, "interrupted"),
             (OSError(5, "Input/output error", "/dev/sda"), 3, "/dev/sda: Input/output error"),
             (UsageError("no such thing as s3://me:hunter2@host/x"), 2, "no such thing as s3://…@host/x"),
         ],

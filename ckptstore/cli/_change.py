@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from ..record import Record
 from ..store import Store
@@ -66,10 +67,11 @@ def gc(args: argparse.Namespace, store: Store, out: Output) -> int:
         out.say(f"deleted {_format.size(garbage.nbytes)}: {what}")
     else:
         out.say("nothing to delete")
+    url = shlex.quote(args.url)  # as typed, for its options may be needed
     for checkpoint_id in garbage.spared:
         out.say(
             f"left alone: {checkpoint_id}, which a damaged record may have named. Bring it back with\n"
-            f"  ckptstore tag {store.url} NAME {checkpoint_id}\nor delete it with\n  ckptstore rm {store.url} {checkpoint_id}"
+            f"  ckptstore tag {url} NAME {checkpoint_id}\nor delete it with\n  ckptstore rm {url} {checkpoint_id}"
         )
     for folder in garbage.foreign:
         out.say(f"left alone: data/{folder}, which ckptstore did not make")

@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "url",
         metavar="URL",
         nargs="?",
-        help="a new store, which is kept, such as my-demo or s3://bucket/my-demo; without it a temporary folder, removed at the end",
+        help="a new store, which is kept, such as my-demo or s3://bucket/my-demo; '-' stands for $CKPTSTORE_URL; "
+        "without it a temporary folder, removed at the end",
     )
 
 
@@ -59,10 +60,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if not all(importlib.util.find_spec(name) for name in ("numpy", "sklearn")):
         raise UsageError('the demo needs NumPy and scikit-learn: pip install "ckptstore[demo]"')
-    if args.url is not None:
-        _check_unused(args.url)
+    url = os.environ.get("CKPTSTORE_URL") if args.url == "-" else args.url
+    if args.url == "-" and not url:
+        raise UsageError("'-' stands for $CKPTSTORE_URL, which is not set: give a new path or URL, or nothing")
+    if url is not None:
+        _check_unused(url)
     with tempfile.TemporaryDirectory(prefix="ckptstore-demo-") as scratch:
-        return Story(args.url, Path(scratch)).tell()
+        return Story(url, Path(scratch)).tell()
 
 
 def _check_unused(url: str) -> None:

@@ -40,7 +40,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return UNREACHABLE, place + (error.strerror or str(error))
     if isinstance(error, CkptStoreError):
         return UNREACHABLE, str(error)
-    if isinstance(error, KeyboardInterrupt):
+    # Python before 3.12 makes a RuntimeError of one that comes while a class is being made, in an import.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, MemoryError):
         return UNREACHABLE, "out of memory; free some, or use a machine with more"

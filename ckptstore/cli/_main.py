@@ -53,7 +53,7 @@ def _guarded(words: list[str], out: Output) -> int:
             status, document = _failed(exc, out)
         out.finish(document)
     except OSError as exc:  # of the output itself
-        out.abandon()
+        out.abandon(sys.stdout)
         if isinstance(exc, BrokenPipeError):  # who reads it has seen enough
             return PIPE_CLOSED
         out.as_json = False

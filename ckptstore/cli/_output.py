@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from typing import TextIO
 
 from ..envelope import JSON
 from ._format import printable
@@ -73,14 +74,15 @@ class Output:
             raise OSError(exc.errno, f"could not write this: {exc.strerror}", "the output") from exc
 
     @staticmethod
-    def abandon() -> None:
-        """Let what was not written go nowhere; else the interpreter tries again at its end, and complains."""
+    def abandon(stream: TextIO) -> None:
+        """Let what was not written to `stream` go nowhere; else the interpreter tries again at its end, and changes our exit status."""
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
 
-    @staticmethod
-    def _complain(message: str) -> None:
+    def _complain(self, message: str) -> None:
         if sys.stderr is not None:
-            with suppress(OSError):
+            try:
                 print(printable(f"ckptstore: {message}"), file=sys.stderr, flush=True)
+            except OSError:
+                self.abandon(sys.stderr)
