@@ -84,11 +84,11 @@ class Base:
     def entries(self) -> Mapping[str, Entry]:
         """Return all its checkpoints by their ids, oldest commit first."""
         if self._parsed is None:
-            index = self._index()
-            known = {i: e for i, e in index.items() if isinstance(e, Entry)}
+            index = [*self._index().items()]  # as it is now: another thread may be reading one of them, in `get`
+            known = {i: e for i, e in index if isinstance(e, Entry)}
             with _damage(self.name):
-                decoded = {e.id: e for e in decode_all([e for e in index.values() if not isinstance(e, Entry)])}
-                self._parsed = {i: known[i] if i in known else decoded[i] for i in index} if known else decoded
+                decoded = {e.id: e for e in decode_all([e for i, e in index if i not in known])}
+                self._parsed = {i: known[i] if i in known else decoded[i] for i, _ in index} if known else decoded
             self._found = {**self._parsed}
         return self._parsed
 

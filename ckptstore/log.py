@@ -136,13 +136,21 @@ class Log:
         with self._lock:
             head = self._head if self._head.slot and not self._head.damaged else self.head()
             while True:
-                draft = change(head)
-                if draft is None:
-                    return head.record
-                record = draft.but(n=head.slot + 1, op=op, prev=head.digest)
-                if self._key and record.store is None:
-                    record = replace(record, store=new_op())
-                record, data = self._encode(record)
+                try:
+                    draft = change(head)
+                    if draft is None:
+                        return head.record
+                    record = draft.but(n=head.slot + 1, op=op, prev=head.digest)
+                    if self._key and record.store is None:
+                        record = replace(record, store=new_op())
+                    record, data = self._encode(record)
+                except DamagedRecord:
+                    # Of a state that is long past, the base may be gone; that of the newest is there.
+                    newest = self.head()
+                    if newest.slot == head.slot:
+                        raise
+                    head = newest
+                    continue
                 try:
                     created = self._create(record.n, data, op, ready)
                 except CommitUnknown:

@@ -364,6 +364,39 @@ def test_a_reader_that_looks_when_its_base_is_gone_is_told_so_and_finds_the_new_
     assert [e.id for e in log.head().record.checkpoints] == made
 
 
+def test_a_save_that_began_from_a_state_whose_base_is_gone_goes_on_from_the_newest(early: None) -> None:
+    backend, made = filled(EVERY + 2)
+    with store_on(backend, owner="me", keep_last=1000) as rare, keep_all(backend) as busy:
+        rare.acquire()
+        made += [write(busy) for _ in range(2 * EVERY)]
+        assert rare.checkpoint().id == made[-1], "the state that it knows from now on, of which it has not read the base"
+        made += [write(busy) for _ in range(4 * EVERY)]
+        made.append(write(rare))
+        assert [c.id for c in busy] == made
+
+
+def test_a_base_may_be_looked_up_while_another_thread_reads_all_of_it() -> None:
+    base, data = Base.make("000000000016-0123456789ab", Entries(decode_all([item(n) for n in range(10)])))
+    again = Base(base.name, base.digest, None)
+    again.read = lambda: data
+
+    class Busy(dict[str, object]):
+        """In which the other thread finds something just when this one has looked."""
+
+        def items(self) -> object:  # type: ignore[override]
+            found = [*super().items()]
+            again.get("e1-s3-000000000004")
+            return found
+
+        def values(self) -> object:  # type: ignore[override]
+            again.get("e1-s3-000000000005")
+            return super().values()
+
+    again.ids()
+    again._found = Busy(again._index())
+    assert [*again.entries().values()] == [*base.entries().values()]
+
+
 def nonsense() -> Iterator[tuple[str, dict[str, object]]]:
     entry = json.loads(Entry("e1-0123456789ab", 1, "latest", 1.0, 1, "0" * 64).json)
     name = "000000000001-0123456789ab"
