@@ -324,7 +324,9 @@ class _FsspecWriter:
         self._backend = backend
         self._key = key
         self._replacing = replacing
-        self._name = key if backend.at_close else f"{key}.{secrets.token_hex(8)}.partial"
+        above, slash, name = key.rpartition("/")
+        # The final name is there for people who look; it is cut so that the whole stays below 255 bytes.
+        self._name = key if backend.at_close else f"{above}{slash}{name[:200]}.{secrets.token_hex(8)}.partial"
         self._parts = InOrder(self._send)
         self._closed = self._over = self._done = False
         self._failure: CkptStoreError | None = None

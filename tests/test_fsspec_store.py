@@ -106,6 +106,13 @@ def test_a_life_of_a_store(request: pytest.FixtureRequest, kind: str) -> None:
         assert listed == kept
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "d" * 255 + "/" + "é" * 42], ids=["file", "folder"])
+def test_a_name_may_be_as_long_as_a_file_systems_names(tmp_path: Path, name: str) -> None:
+    with Store(f"fsspec+file://{tmp_path}/runs?single_writer=1") as store:
+        checkpoint = write(store, files={name: b"data"})
+        assert store.checkpoint(checkpoint).open(name).read() == b"data"
+
+
 @pytest.mark.parametrize("kind", ["abfs", "s3fs"])
 def test_eight_save_at_once_and_none_loses(request: pytest.FixtureRequest, kind: str) -> None:
     url = new_url(kind, request)
