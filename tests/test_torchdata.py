@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -120,6 +122,32 @@ def test_the_loop_of_the_docs_goes_on_in_the_right_epoch(options: dict[str, Any]
     for stop in (1, 3, 4, 5, 8, 9, 13) if not options else (5, 8):
         url = f"memory://{uuid4()}"
         assert run(url, stop) + run(url, stop + 1) + run(url, None) == whole, stop
+
+
+def test_tuples_in_the_state_of_a_dataset_stay_tuples(tmp_path: Path) -> None:
+    """As `random.setstate` wants them."""
+
+    class Drawn(torch.utils.data.IterableDataset[float]):
+        def __init__(self) -> None:
+            self.generator = random.Random(1)
+
+        def __iter__(self) -> Iterator[float]:
+            while True:
+                yield self.generator.random()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"generator": self.generator.getstate()}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.generator.setstate(state_dict["generator"])
+
+    loader, again = (StatefulDataLoader(Drawn(), batch_size=2) for _ in range(2))
+    batches = iter(loader)
+    next(batches)
+    with Store(tmp_path) as store:
+        store.save({}, sampler=LoaderState(loader))
+        store.resume({}, sampler=LoaderState(again))
+    assert torch.equal(next(iter(again)), next(batches))
 
 
 def test_on_another_number_of_ranks() -> None:

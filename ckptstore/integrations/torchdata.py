@@ -27,14 +27,15 @@ __all__ = ["InLoader", "LoaderState"]
 BY = "torchdata"
 _VERSION = require_version("torchdata", "torchdata", (0, 11), 1)
 _TENSOR = "torchdata tensor"
+_TUPLE = "torchdata tuple"
 _FINISHED = "_iterator_finished"
 _OTHERS = ("dataset_state", "fetcher_state", "_worker_snapshots")
 """What a loader's state has of data sets, which may hold samplers of their own."""
 
 
 class LoaderState:
-    """The state of a `StatefulDataLoader` as plain JSON, which `sampler=` of a store takes. Tensors in it, such as those of generators,
-    stay what they are."""
+    """The state of a `StatefulDataLoader` as plain JSON, which `sampler=` of a store takes. Tensors and tuples in it, such as those of
+    generators, stay what they are."""
 
     def __init__(self, loader: Any) -> None:
         if not callable(getattr(loader, "state_dict", None)) or not callable(getattr(loader, "load_state_dict", None)):
@@ -161,7 +162,9 @@ def _packed(value: Any) -> Any:
         return {_TENSOR: [str(raw.dtype).removeprefix("torch."), list(raw.shape), data]}
     if isinstance(value, Mapping):
         return {key: _packed(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple):
+        return {_TUPLE: [_packed(item) for item in value]}
+    if isinstance(value, list):
         return [_packed(item) for item in value]
     return value
 
@@ -174,6 +177,8 @@ def _unpacked(value: Any) -> Any:
             raise ValueError(f"there is no type {kind!r:.100} of tensors")
         raw = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.uint8)
         return raw.view(dtype).reshape(shape).clone()
+    if isinstance(value, dict) and _TUPLE in value:
+        return tuple(_unpacked(item) for item in value[_TUPLE])
     if isinstance(value, dict):
         return {key: _unpacked(item) for key, item in value.items()}
     if isinstance(value, list):
