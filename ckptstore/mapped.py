@@ -9,12 +9,13 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from . import archive, rebuild, torchload
+from .archive import Record
 from .checkedfile import checked_outline
 from .errors import UsageError
 from .loading import PlainFile, new_storage, on_cpu, writable
@@ -60,7 +61,7 @@ def load(file: StoredFile, *, lazy: bool, map_location: Any, weights_only: bool,
             plain = PlainFile(file, on_cpu(map_location), name)
             if not lazy:
                 plain.check([], plain.records)
-            elif not all(r.fits(memoryview(os.pread(fd, r.header_size, r.header))) for r in plain.records):
+            elif not _all_fit(fd, plain.records):
                 raise NotPlain
             return rebuild.fill(plain.value, _mapped(fd, plain))
         except NotPlain:
@@ -69,7 +70,7 @@ def load(file: StoredFile, *, lazy: bool, map_location: Any, weights_only: bool,
 
 def _load_any(file: StoredFile, fd: int, lazy: bool, map_location: Any, weights_only: bool, name: str) -> Any:
     outline = archive.outline(file.read, file.entry.size, name) if lazy else None
-    if outline is None:
+    if outline is None or not _all_fit(fd, outline.records.values()):  # it is laid out in another way, or damaged
         outline = checked_outline(file, name)
     if outline is not None:
         archive.judge(outline, file.entry.size, name)
@@ -77,6 +78,17 @@ def _load_any(file: StoredFile, fd: int, lazy: bool, map_location: Any, weights_
         with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
             archive.check(view, name)
     return torchload.load_open(f"/proc/self/fd/{fd}", map_location, weights_only, name, mmap=True)
+
+
+def _all_fit(fd: int, records: Iterable[Record]) -> bool:
+    """Say whether each record begins where the directory says, as far as it can be read."""
+    with suppress(OSError):  # whoever reads the whole file finds the words for it
+        for record in records:
+            head = os.pread(fd, record.header_size, record.header)
+            if len(head) < record.header_size or not record.fits(memoryview(head)):
+                return False
+        return True
+    return False
 
 
 def load_to_copy(file: StoredFile, map_location: Any, name: str, held: Callable[[Any], Iterable[Any]]) -> Any:

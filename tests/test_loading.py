@@ -323,6 +323,19 @@ def test_lazy_checks_names_and_places_at_once(tmp_path: Path) -> None:
             store.load(mmap=True, verify="lazy")
 
 
+@pytest.mark.parametrize("extra", [5, torch.eye(3).to_sparse()], ids=["plain", "not plain"])
+def test_lazy_checks_the_places_of_tensors_far_from_the_names(extra: Any, tmp_path: Path) -> None:
+    """torch would take a tensor from where a damaged header leads."""
+    with Store(tmp_path / "s") as store:
+        store.save({"extra": extra, **{f"t{i}": torch.full((MIB,), i) for i in range(4)}})
+        path = data_file(store, tmp_path / "s")
+        data = path.read_bytes()
+        header = data.rindex(b"PK\x03\x04", 0, data.index(bytes(torch.full((9,), 2).numpy())))
+        flip(path, header + 28)  # how long the padding is
+        with pytest.raises(DamagedFile, match="fails its checksum"):
+            store.load(mmap=True, verify="lazy")
+
+
 def test_a_whole_file_loaded_lazily_raises_nothing(tmp_path: Path) -> None:
     with Store(tmp_path / "s") as store:
         state = tensors()
