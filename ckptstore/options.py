@@ -52,11 +52,15 @@ def split_options(given: Mapping[str, Any], backend_options: Mapping[str, str]) 
             rules[name] = None if name == "keep_last" and given[name] == "all" else _number(name, given[name])
     for name in ("best_metric", "best_mode"):
         if name in given:
-            rules[name] = str(given[name])
+            rules[name] = given[name]
+            if not isinstance(rules[name], str) or not rules[name]:
+                raise InvalidOption(f"{name} must be a text, not {rules[name]!r:.100}")
     rest = {name: str(value) for name, value in given.items() if name not in STORE_OPTIONS}
     for name in rest:
         if name not in backend_options:
             raise unknown_option(name, {*STORE_OPTIONS, *backend_options})
+        if given[name] is None:
+            raise InvalidOption(f"option {name!r} has no value, but is None; leave it out")
     return Options(
         Retention(**rules),
         _flag("single_writer", given.get("single_writer", "0")),

@@ -175,6 +175,8 @@ class Store(Asynchronous, Distributed):
         self._background.wait()
         check_name(name)
         wanted = target.id if isinstance(target, Checkpoint) else target
+        if not isinstance(wanted, str):
+            raise UsageError("tag takes a name, an id or a Checkpoint to point to")
         rescued = rescue(self._engine, wanted)
 
         def change(state: Record) -> Record:

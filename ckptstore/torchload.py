@@ -56,9 +56,10 @@ def load(
             return load_open(file, map_location, weights_only, name)
 
 
-def load_open(file: io.RawIOBase | str, map_location: Any, weights_only: bool, name: str, *, mmap: bool = False) -> Any:
+def load_open(file: io.RawIOBase | str, map_location: Any, weights_only: bool | None, name: str, *, mmap: bool = False) -> Any:
     """Do as `load` for an open file, or the path of one to be mapped, that was looked at already."""
     source = cast(IO[bytes], file)
+    weights_only = weights_only is None or weights_only  # None means True, as for torch.load, here whatever the environment says
     try:
         return torch.load(source, map_location=map_location, weights_only=weights_only, mmap=mmap)
     except pickle.UnpicklingError as exc:

@@ -52,7 +52,7 @@ class Draft:
         """
         try:
             # item(): 0-dim tensors and NumPy scalars; float() of a tensor that requires grad would warn.
-            numbers = {k: float(v.item() if hasattr(v, "item") else v) for k, v in (metrics or {}).items()}
+            numbers = {k: float(v.item() if hasattr(v, "item") else v) for k, v in ({} if metrics is None else metrics).items()}
         except (TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as exc:
             raise UsageError(f"metrics must be numbers by name, as in {{'loss': 0.31}}: {exc}") from None
         if not all(isinstance(k, str) and len(k) <= 1024 for k in numbers):

@@ -327,6 +327,7 @@ class TestUnsafe:
         assert store.checkpoint().manifest.unsafe == {"__0_0.distcp": [f"{__name__}.Mine"]}
         cause = refused(errors.UnsafeContent, load, store, {"x": Mine(0), "y": 0})
         assert "weights_only=False" in str(cause)
+        refused(errors.UnsafeContent, load, store, {"x": Mine(0), "y": 0}, weights_only=None)
         assert load(store, {"y": 0})["y"] == 1
         assert load(store, {"x": Mine(0), "y": 0}, weights_only=False) == {"x": Mine(4), "y": 1}
 

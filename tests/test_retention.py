@@ -329,17 +329,22 @@ BAD = [
     ("keep_last", 0), ("keep_last", -1), ("keep_last", "0"), ("keep_last", "two"), ("keep_last", 2.5), ("keep_last", True),
     ("keep_last", None), ("keep_last", "ALL"), ("keep_last", ""), ("keep_every", 0), ("keep_every", "all"), ("keep_every", None),
     ("keep_best", 0), ("keep_best", "all"), ("best_mode", "median"), ("single_writer", "yes"), ("single_writer", 2),
-    ("keep_last", "1" * 5000),
+    ("keep_last", "1" * 5000), ("best_metric", None), ("best_metric", b"loss"), ("best_metric", ""), ("best_mode", None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{n}={v!s:.10}" for n, v in BAD])
 def test_a_bad_value_is_refused(name: str, value: object) -> None:
-    extra = {"best_metric": "loss"} if name == "keep_best" else {}
+    extra: dict[str, Any] = {"best_metric": "loss"} if name == "keep_best" else {"keep_best": 1} if name == "best_metric" else {}
     with pytest.raises(InvalidOption, match=name) as caught:
         ckptstore.Store("memory://x", **{name: value}, **extra)
     assert isinstance(caught.value, (UsageError, ValueError))
     assert len(str(caught.value)) < 400
+
+
+def test_none_is_no_value() -> None:
+    with pytest.raises(InvalidOption, match="'write_size' has no value"):
+        ckptstore.Store("shared:///nowhere", write_size=None)
 
 
 @pytest.mark.parametrize("options", [{"keep_best": 2}, {"best_metric": "loss"}])

@@ -39,6 +39,7 @@ from ckptstore.errors import (
     NotSerializable,
     StoreNotFound,
     UnknownScheme,
+    UnsafeContent,
     UsageError,
     WeightsOnlyWarning,
 )
@@ -394,7 +395,19 @@ def test_metrics_of_many_kinds(store: Store) -> None:
     assert np.isnan(store.checkpoint().manifest.metrics["loss"])
 
 
-NO_METRICS: list[Any] = [{"a": "x"}, {"a": [1, 2]}, {"a": None}, {"a": 1j}, {1: 2.0}, {"a" * 1025: 1.0}, "loss", [("a", 1)], 7]
+NO_METRICS: list[Any] = [
+    {"a": "x"},
+    {"a": [1, 2]},
+    {"a": None},
+    {"a": 1j},
+    {1: 2.0},
+    {"a" * 1025: 1.0},
+    "loss",
+    [("a", 1)],
+    7,
+    0.0,
+    "",
+]
 
 
 @pytest.mark.parametrize("metrics", [*NO_METRICS, {"a": 10**400}], ids=lambda v: repr(v)[:20])
@@ -1081,6 +1094,9 @@ def test_tag(store: Store) -> None:
         store.tag("best", "nothing")
     with pytest.raises(UsageError):
         store.tag("best", 7)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="to point to"):
+        store.tag("best", None)  # type: ignore[arg-type]
+    assert store.names()["best"] == second
 
 
 def die_before_the_commit(backend: Backend, newer: Store) -> str:
@@ -1209,6 +1225,16 @@ def test_what_will_not_be_loaded_is_warned_about_when_it_is_saved(store: Store) 
     with store.transaction() as tx, pytest.warns(WeightsOnlyWarning, match=r"state.pt holds fractions\.Fraction, which only"):
         tx.save({"a third": Fraction(1, 3)})
     assert store.load(weights_only=False) == {"a third": Fraction(1, 3)}
+
+
+def test_weights_only_none_means_true(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for torch.load, but for an environment variable that lets that run anything."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.warns(WeightsOnlyWarning):
+        store.save({"a third": Fraction(1, 3)})
+    for load in (store.load, store.checkpoint().load):
+        with pytest.raises(UnsafeContent, match=r"fractions\.Fraction"):
+            load(weights_only=None)  # type: ignore[arg-type]
 
 
 def test_random_generators_go_on_where_they_were(store: Store) -> None:

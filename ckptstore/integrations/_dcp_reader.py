@@ -53,12 +53,12 @@ class StoreReader(StorageReader):
     `dcp.load(…, checkpoint_id=name_or_id)` makes it read another one.
     """
 
-    def __init__(self, store: Distributed, target: str | None, step: int | None, weights_only: bool) -> None:
+    def __init__(self, store: Distributed, target: str | None, step: int | None, weights_only: bool | None) -> None:
         super().__init__()
         self._store = store
         self._target = target
         self._step = step
-        self._weights_only = weights_only
+        self._weights_only = weights_only is None or weights_only  # as `torchload.load_open`
         self._checkpoint: Checkpoint | None = None
         self._where: dict[Any, StorageInfo] = {}
 
