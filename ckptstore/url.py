@@ -14,6 +14,8 @@ from .errors import InvalidOption, InvalidURL
 __all__ = ["StoreURL", "parse_url", "unknown_option"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_ALMOST = re.compile(r"[^/]{2,}:/")
+"""A scheme with one slash, as in RFC 8089's ``file:/data/x`` or after `os.path.normpath`, or with something before it; no ``C:/``."""
 _USER_INFO = re.compile(r"[^/]*@|[^/:]*:(?!\d*(?:/|$)).*@", re.DOTALL)
 """Something before an ``@``: also a password with a slash in it, unquoted, but not a port and then a path with an ``@``."""
 
@@ -33,7 +35,7 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
     A plain path is not percent-decoded; the location of a ``file://`` URL is, as RFC 8089 says.
 
     Raises:
-        InvalidURL: empty, or with user information before an ``@`` (secrets do not belong in URLs).
+        InvalidURL: empty, or a URL written amiss, or with user information before an ``@`` (secrets do not belong in URLs).
         InvalidOption: an option without a value, or given twice.
     """
     if isinstance(text, os.PathLike):
@@ -45,6 +47,11 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
         raise InvalidURL(f"a store is named by a str or os.PathLike, not by {type(text).__name__}")
     body, _, query = text.partition("?")
     match = _SCHEME.fullmatch(body)
+    if not match and _ALMOST.match(body):
+        raise InvalidURL(
+            "the store's URL is written amiss: write s3://bucket/prefix, or for a path file:///data/run-42 or shared:///mnt/run-42; "
+            "a folder whose name ends in ':' is given as ./name:/…"
+        )
     scheme, location = (match[1].lower(), match[2]) if match else ("file", body)
     if match and _USER_INFO.match(location):
         raise InvalidURL(
