@@ -556,9 +556,9 @@ def late(channel: Channel) -> None:
     io.save_checkpoint({"global_step": 1, "w": weights}, "a.ckpt")
     weights.fill_(2)
     assert io._pending is not None and not io._pending.done()
-    gate.set()
+    threading.Timer(0.1, gate.set).start()
+    assert io.load_checkpoint("a.ckpt")["w"].eq(1).all()  # which waits
     io.teardown()
-    assert io.load_checkpoint("a.ckpt")["w"].eq(1).all()
     assert io.store.checkpoint("a").by == "lightning"
 
     # What cannot be saved is told at once, and leaves nothing behind.
@@ -629,6 +629,35 @@ def told_to_stop(channel: Channel, folder: str) -> None:
 
 def test_sigterm(tmp_path: Path, warm: Nursery) -> None:
     assert told(warm, told_to_stop, str(tmp_path)) == ["stopped"]
+
+
+def tuned(channel: Channel, folder: str, asynchronous: bool) -> None:
+    """A learning rate and a batch size are looked for before the run is resumed; what that saves is nothing to resume from."""
+    quietly()
+    from lightning.pytorch.tuner import Tuner
+
+    from ckptstore.integrations.lightning import StoreCheckpointIO
+
+    for steps, begun in ((5, 0), (8, 5)):
+        io = StoreCheckpointIO(f"{folder}/store", asynchronous=asynchronous)
+        trainer = make_trainer("", folder, saver(folder, every_n_train_steps=5), io=io, max_steps=steps)
+        model = make_model()
+        model.lr, model.batch_size = 0.01, 4
+        model.train_dataloader = model.val_dataloader = lambda model=model: make_loader(batch_size=model.batch_size)
+        before = io.store.names(), [c.id for c in io.store.checkpoints()]
+        tuner = Tuner(trainer)
+        tuner.scale_batch_size(model, steps_per_trial=1, max_trials=1)
+        tuner.lr_find(model, num_training=3)
+        assert (io.store.names(), [c.id for c in io.store.checkpoints()]) == before
+        model.seen.clear()
+        trainer.fit(model, ckpt_path="latest")
+        assert (trainer.global_step, len(model.seen)) == (steps, steps - begun)
+    channel.send("tuned")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_the_tuner_saves_is_nothing_to_resume_from(tmp_path: Path, warm: Nursery, asynchronous: bool) -> None:
+    assert told(warm, tuned, str(tmp_path), asynchronous) == ["tuned"]
 
 
 def fabric(channel: Channel, url: str, stop_at: int) -> None:

@@ -34,14 +34,19 @@ def pin_for(path: str | os.PathLike[str]) -> str:
     return name
 
 
-def let_go(store: Store, name: str) -> None:
-    """Take `name` off what it points to, which then goes or stays by the store's retention. Nothing happens if there is no such name."""
+def let_go(store: Store, name: str, gone: bool = False) -> None:
+    """Take `name` off what it points to, which then goes or stays by the store's retention. Nothing happens if there is no such name.
+
+    With `gone` it goes, unless it has another name.
+    """
 
     def change(state: Record) -> Record | None:
         if name not in state.names:
             return None
         state = store._engine.write_down(state)
+        was = state.names[name]
         state = replace(state, names={n: i for n, i in state.names.items() if n != name})
-        return state.without(expired(state, store._retention))
+        leaving = {was} if gone and was not in state.names.values() else set()
+        return state.without(expired(state, store._retention) | leaving)
 
     store._engine.committed(store._writer.commit(change, new_op()))

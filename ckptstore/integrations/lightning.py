@@ -16,6 +16,7 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import PurePath
 from typing import Any
 
 from .. import rng
@@ -83,7 +84,8 @@ class StoreCheckpointIO:
         if not isinstance(checkpoint, dict):
             raise NotSerializable(f"a checkpoint of Lightning is a dict, not a {type(checkpoint).__name__}")
         resumable = "pytorch-lightning_version" not in checkpoint or "optimizer_states" in checkpoint
-        name, pin = _LATEST if resumable else _WEIGHTS, pin_for(path)
+        pin = pin_for(path)
+        name = pin if _passing(path) else _LATEST if resumable else _WEIGHTS
         step = _step(checkpoint)
         metadata = {"path": str(path), "lightning": _VERSION}
         draft = Draft.check(name, step, None, metadata, None)
@@ -120,6 +122,7 @@ class StoreCheckpointIO:
 
         Raises:
             CheckpointNotFound: neither a path that was saved here nor a name or id.
+            Exception: what a save in the background failed with.
             WrongKind: another integration wrote it.
             Damaged, UnsafeContent: see `Checkpoint.load`.
         """
@@ -131,6 +134,7 @@ class StoreCheckpointIO:
             return checkpoint.load(map_location=place, weights_only=safe)
 
         ranks = ranks_of(None, everybody=True)
+        self._wait() if ranks is None else ranks.on_first(self._wait)  # it may be what is being saved
         if str(path) == _LATEST:
             return self._newest(read, ranks)
         wanted = str(path) if is_id(str(path)) else self._name(path)
@@ -176,9 +180,9 @@ class StoreCheckpointIO:
         if pin == self._pin:
             self._pin = ""
         if pending is None:
-            let_go(self.store, pin)
+            let_go(self.store, pin, _passing(path))
             return
-        leaving = Job(let_go, self.store, pin)
+        leaving = Job(let_go, self.store, pin, _passing(path))
         self._leaving.append(leaving)
         # In the thread that saves; here, if that is done already.
         pending.add_done_callback(lambda saved: leaving.cancel() if saved.cancelled() or saved.exception() else leaving.run())
@@ -193,6 +197,12 @@ class StoreCheckpointIO:
             self._wait()
         finally:
             self.store._background.close()
+
+
+def _passing(path: str | os.PathLike[str]) -> bool:
+    """Whether Lightning's tuner saves to `path` what it puts back, and removes, when it has tried something out. Not to be resumed from:
+    it tries before a run is resumed."""
+    return PurePath(path).name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def _step(checkpoint: dict[str, Any]) -> int | None:
