@@ -43,8 +43,10 @@ def absolute(location: str) -> str:
     """
     if not location or "\0" in location:
         raise InvalidURL("the path of a store must not be empty or contain NUL")
-    with mapped_errors("find the current folder for", location):
-        path = os.path.join(os.getcwd(), location)
+    path = location
+    if not os.path.isabs(path):  # else it does not matter whether there is a current folder still
+        with mapped_errors("find the current folder for", location):
+            path = os.path.join(os.getcwd(), location)
     # normpath would change what "link/.." means.
     return path if ".." in path.split("/") else os.path.normpath(path)
 

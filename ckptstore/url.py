@@ -61,7 +61,7 @@ def parse_url(text: str | os.PathLike[str]) -> StoreURL:
         host, slash, rest = location.partition("/")
         if host not in ("", "localhost") or not slash:
             raise InvalidURL("a file URL has three slashes, file:///absolute/path; for a relative path leave out file://")
-        location = unquote("/" + rest)
+        location = unquote("/" + rest, errors="surrogateescape")  # as os.fsdecode: paths are bytes
     if not location or "\0" in location:
         raise InvalidURL("the store URL names no place; write a path such as runs/42 or a URL such as file:///data/run-42")
     return StoreURL(scheme, _encodable(location), _options(query))

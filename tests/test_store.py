@@ -85,6 +85,7 @@ def folders(backend: Backend) -> set[str]:
         ("at 12:30/runs:", "file", "at 12:30/runs:", {}),
         ("mail@host/x", "file", "mail@host/x", {}),
         ("file:///data/a%20b%3F", "file", "/data/a b?", {}),
+        ("file:///data/z%C3%BC%FF", "file", "/data/zü\udcff", {}),
         ("file://localhost/data/x", "file", "/data/x", {}),
         ("FILE:///data/x", "file", "/data/x", {}),
         ("memory://x", "memory", "x", {}),
@@ -142,6 +143,18 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated() -> None:
 def test_an_unknown_scheme_names_the_nearest() -> None:
     with pytest.raises(UnknownScheme, match="did you mean memory://"):
         Store("memroy://x")
+
+
+def test_without_a_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BackendError, match="current folder"):
+        Store("runs")
+    with Store(str(tmp_path / "runs")) as store:
+        write(store)
+        assert pickle.loads(pickle.dumps(store)).names() == store.names()
 
 
 @pytest.mark.parametrize("name", ["a b", "100%25", "a#b", "Zürich", "new\nline", "-rf"])
