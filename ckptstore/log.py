@@ -152,6 +152,7 @@ class Log:
                     head = newest
                     continue
                 try:
+                    self._require(head.slot)
                     created = self._create(record.n, data, op, ready)
                 except CommitUnknown:
                     raise
@@ -170,6 +171,17 @@ class Log:
                     raise CommitUnknown(
                         f"slot {record.n} was taken and then not found; the storage contradicts itself", op, record.n
                     )
+
+    def _require(self, last: int) -> None:
+        """Raise `BackendError` if the record to build on is gone, for nobody would find what comes after it: the log was deleted under us.
+
+        Not over a network, where it would be a request more for each commit, and who looks for the newest record lists them.
+        """
+        if last and not self._backend.capabilities.remote and not self._taken(last):
+            raise BackendError(
+                f"commit record {last}, on which the next one was to build, is gone: was {self._backend.url} emptied, or put back to an "
+                "older copy? Nothing was committed; open the store anew if this is meant"
+            )
 
     def _encode(self, record: Record) -> tuple[Record, bytes]:
         data = encode(record, self._key)

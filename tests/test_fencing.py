@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import time
@@ -20,7 +21,7 @@ from procs import Channel, Nursery, litter
 
 from ckptstore import Checkpoint, Store
 from ckptstore.backends.local import LocalBackend, _LocalWriter
-from ckptstore.errors import CkptStoreError, Fenced, UsageError
+from ckptstore.errors import BackendError, CkptStoreError, Fenced, UsageError
 from ckptstore.owner import default_owner
 from ckptstore.posix import NewFile
 
@@ -338,6 +339,25 @@ def in_worker(store: Store, pipe: Any) -> None:
     pipe.send((put(store, "worker").id, store.tag("seen", "worker").id))
     pipe.recv()
     pipe.send(outcome(lambda: put(store)))
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["alone", "beside a newer job"])
+@pytest.mark.parametrize("what", ["all", "content", "log"])
+def test_a_job_whose_store_was_deleted_under_it_commits_nothing(tmp_path: Path, what: str, newer: bool) -> None:
+    root = tmp_path / "store"
+    with Store(root) as old:
+        put(old, step=1)
+        put(old, step=2)
+        for path in {"all": [root], "content": [*root.iterdir()], "log": [root / "log"]}[what]:
+            shutil.rmtree(path)
+        if newer:
+            with Store(root) as new:
+                put(new, step=7)
+        with pytest.raises(BackendError, match=r"pen the store anew"):
+            put(old, step=3)
+    with Store(root) as anew:
+        assert [c.step for c in anew] == [7] * newer
+        put(anew, step=8)
 
 
 @pytest.mark.parametrize("acquired", [False, True])

@@ -618,9 +618,9 @@ def test_a_change_is_shown_damage_that_appeared_in_the_slot_it_wanted() -> None:
 
 def test_storage_that_contradicts_itself_does_not_keep_it_busy_for_ever() -> None:
     inner = filled(3)
-    log = Log(FaultyBackend(inner, [Fault("stat", n, before=NotFound("listed, not there")) for n in range(10, 99)]))
+    log = Log(FaultyBackend(inner, [Fault("stat", n, before=NotFound("listed, not there")) for n in range(11, 99)]))
     while log._backend.calls["stat"] < 9:  # type: ignore[attr-defined]
-        log.head()
+        log.head()  # the tenth is whether slot 3 is still there
     Log(inner).commit(grow, "theirs")
     with pytest.raises(CommitUnknown, match="contradicts itself"):
         log.commit(grow, "mine")
