@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from .checksum import ALGORITHM
 from .engine import Engine
@@ -24,7 +26,7 @@ _OPEN_FILES = 16
 """Files written but not yet made durable: they are finished together, in parallel, but each holds descriptors until then."""
 
 
-class TransactionFile:
+class TransactionFile(io.BufferedIOBase):
     """A file of a transaction, open for writing. Left by an exception, it spoils the whole transaction: half a file is never published."""
 
     def __init__(self, files: Files, sink: FileSink, before_write: Callable[[], object] | None = None) -> None:
@@ -32,9 +34,17 @@ class TransactionFile:
         self._before_write = before_write
         self._sink = sink
         self._broken = False
-        self.closed = False
+        self._closed = False
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be written."""
+        return self._closed
+
+    def __del__(self) -> None:
+        """Do nothing, where files close themselves: who has not closed it has perhaps not written it to its end."""
+
+    def write(self, data: Any, /) -> int:
         """Append `data`; returns its length in bytes."""
         view = memoryview(data)
         with self._writing():
@@ -47,7 +57,7 @@ class TransactionFile:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        if self.closed:
+        if self._closed:
             raise ValueError("write to a closed file")
         try:
             if self._before_write is not None:
@@ -67,8 +77,8 @@ class TransactionFile:
 
     def close(self) -> None:
         """Complete the file. Raises `UsageError` if it could not be written, as was said then."""
-        if not self.closed:
-            self.closed = True
+        if not self._closed:
+            self._closed = True
             if self._broken:
                 raise UsageError(f"{self._sink.path} could not be written, so nothing is published")
             self._files._complete(self._sink)
@@ -89,7 +99,7 @@ class TransactionFile:
         if kind is None:
             self.close()
         else:
-            self.closed = True
+            self._closed = True
             self._files.spoil(f"{self._sink.path} was left by {kind.__name__}")
 
 

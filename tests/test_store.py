@@ -699,9 +699,24 @@ def test_files_are_opened_for_writing_bytes(store: Store, mode: str) -> None:
 
 
 def test_text_through_a_wrapper(store: Store) -> None:
-    with store.transaction() as tx, tx.open("notes.txt") as raw, io.TextIOWrapper(raw, "utf-8", write_through=True) as text:  # type: ignore[type-var]
+    with store.transaction() as tx, tx.open("notes.txt") as raw, io.TextIOWrapper(raw, "utf-8", write_through=True) as text:
         text.write("Grüße\n")
     assert contents(store, store.checkpoint().id) == {"notes.txt": "Grüße\n".encode()}
+
+
+def test_libraries_take_its_files_for_files(store: Store) -> None:
+    with store.transaction() as tx:
+        with tx.open("arrays.npz") as file:
+            np.savez(file, ones=np.ones(3))  # only if it can also be asked to read
+        with tx.open("lines") as file:
+            file.writelines([b"a", b"b"])
+            assert isinstance(file, io.IOBase)
+            with pytest.raises(io.UnsupportedOperation):
+                file.seek(0)
+    checkpoint = tx.checkpoint
+    with checkpoint.open("arrays.npz") as arrays:
+        assert np.load(arrays)["ones"].tolist() == [1, 1, 1]
+    assert checkpoint.open("lines").read() == b"ab"
 
 
 BLOCK = bytes(range(256)) * 40_000  # 10 MB: more than one part
