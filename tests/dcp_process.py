@@ -436,6 +436,38 @@ def _failed_everywhere(call: Any, bad_rank: int) -> str:
     return "no error"
 
 
+def resume_with_a_state_that_fails(channel: Channel, rank: int, url: str, bad_rank: int) -> Any:
+    """Resume objects one of which, on one rank, cannot say its state; then ones that can."""
+
+    class App:
+        fails = rank == bad_rank
+
+        def __init__(self) -> None:
+            self.state = sharded(0.0, rows=4)
+
+        def state_dict(self) -> Any:
+            if self.fails:
+                raise ValueError("no state")
+            return self.state
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+
+    app = App()
+    with Store(url) as store:
+        dcp.save({"app": sharded(1.0, rows=4), "step": 1}, storage_writer=store.dcp_writer(step=1))
+        state: dict[str, Any] = {"app": app, "step": 0}
+        try:
+            store.dcp_resume(state)
+            told = "no error"
+        except Exception as exc:
+            told = f"{type(exc).__name__}: {exc}"
+        app.fails = False
+        assert store.dcp_resume(state) is not None
+    assert all(full(t).eq(1).all() for t in app.state.values())
+    return [told, state["step"], state["app"] is app]
+
+
 def fail_at_each_step(channel: Channel, rank: int, url: str) -> Any:
     """Save and load with storages of which one method fails on one rank, each method and each rank in turn."""
     wrong: dict[str, Any] = {"save": [], "load": []}

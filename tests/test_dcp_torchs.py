@@ -219,6 +219,15 @@ def test_whatever_fails_on_whichever_rank_all_raise(ranks: Ranks, tmp_path: Path
         assert found == {"save": [], "load": [], "steps": [1], "value": [1.0]}
 
 
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_state_that_one_rank_cannot_take_leaves_nobody_waiting(ranks: Ranks, tmp_path: Path, bad_rank: int) -> None:
+    found = ranks.run(work.resume_with_a_state_that_fails, 2, str(tmp_path / "run"), bad_rank)
+    assert found[bad_rank] == ["ValueError: no state", 1, True]
+    told, *rest = found[1 - bad_rank]
+    assert told.startswith(f"RankFailed: rank {bad_rank} failed")
+    assert rest == [1, True]
+
+
 @pytest.mark.parametrize("coordinator", [0, 1])
 def test_another_coordinator(ranks: Ranks, tmp_path: Path, coordinator: int) -> None:
     assert ranks.run(work.coordinate, 2, str(tmp_path / "run"), coordinator) == [[4.0]] * 2

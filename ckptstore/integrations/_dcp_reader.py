@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -187,12 +188,25 @@ def load_newest(
 
     def read(checkpoint: Checkpoint) -> None:
         reader = StoreReader(store, checkpoint.id, None, weights_only)
+        states: dict[str, Any] = {}
+
+        def take() -> None:
+            states.update((k, v.state_dict() if isinstance(v, Stateful) else v) for k, v in state_dict.items())
+
+        # As torch would, but for what fails there on one rank: that would leave the others waiting in the middle of a load.
+        take() if ranks is None else ranks.together(take)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is no news to whoever runs one process
-                load_distributed(state_dict, storage_reader=reader, planner=planner, process_group=process_group)
+                load_distributed(states, storage_reader=reader, planner=planner, process_group=process_group)
         except CheckpointException as exc:
             raise _cause(exc) from exc
+        for key in sorted(states):
+            target = state_dict[key]
+            if isinstance(target, Stateful):
+                target.load_state_dict(states[key])
+            else:
+                state_dict[key] = states[key]
 
     if ranks is not None:
         found = newest_whole_for_all(store._engine, name, ranks, read)
