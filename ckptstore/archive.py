@@ -153,8 +153,6 @@ def _judged(listed: list[_Listed], starts: list[int], end: int, read: Read) -> O
         if root and path.startswith(root):
             records[path[len(root) :].decode("utf-8", "replace")] = Record(path, header, start, size)
     pickle = records.get("data.pkl")
-    if "constants.pkl" in records:
-        raise UnsafeContent("it is a TorchScript archive; download it and use torch.jit.load if you trust who wrote it")
     if pickle is None:
         raise UnsafeContent("it is a zip archive, but not one that torch.save wrote (no data.pkl)")
     if any(key in _SMALL and record.size > _SMALL_BYTES for key, record in records.items()):
@@ -174,6 +172,8 @@ def _listed(read: Read, total: int) -> tuple[list[_Listed], int]:
     offset = 0
     listed: list[_Listed] = []
     folded: set[bytes] = set()
+    odd = b""
+    script = False
     for _ in range(count):
         if offset + _ENTRY.size > len(buffer):
             raise UnsafeContent("its zip directory is cut off")
@@ -185,8 +185,10 @@ def _listed(read: Read, total: int) -> tuple[list[_Listed], int]:
         offset += _ENTRY.size + n + n_extra + n_comment
         if signature != b"PK\x01\x02" or disk or offset > len(buffer):
             raise UnsafeContent("its zip directory is malformed")
+        script = script or path.endswith(b"/constants.pkl")
         if method != 0 or flags & ~_FLAGS:
-            raise UnsafeContent(f"entry {_text(path)} is compressed or encrypted, and torch.save does neither")
+            odd = odd or path
+            continue
         if 0xFFFFFFFF in (size, packed, header):
             size, packed, header = _wide(extra, size, packed, header)
         if size != packed:
@@ -200,6 +202,10 @@ def _listed(read: Read, total: int) -> tuple[list[_Listed], int]:
         listed.append((path, header, size, flags))
     if offset != len(buffer):
         raise UnsafeContent("its zip directory does not hold as many entries as it says")
+    if script:  # whose code is compressed
+        raise UnsafeContent("it is a TorchScript archive; download it and use torch.jit.load if you trust who wrote it")
+    if odd:
+        raise UnsafeContent(f"entry {_text(odd)} is compressed or encrypted, and torch.save does neither")
     return listed, first
 
 

@@ -301,9 +301,11 @@ def legacy() -> bytes:
     return file.getvalue()
 
 
-def with_entry(path: str, data: bytes) -> bytes:
+def with_entry(path: str, data: bytes, compressed: dict[str, bytes] | None = None) -> bytes:
     file = io.BytesIO(GOOD)
     with zipfile.ZipFile(file, "a") as out:
+        for name, text in (compressed or {}).items():
+            out.writestr(name, text, zipfile.ZIP_DEFLATED)
         out.writestr(path, data)
     return file.getvalue()
 
@@ -321,6 +323,10 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "bare pickle": (lambda: pickle.dumps({"a": 1}), "not a zip archive"),
     "other zip": (lambda: patched(b"archive/data.pkl", b"archive/data.txt").replace(b"/data.pkl", b"/data.txt"), "no data.pkl"),
     "TorchScript": (lambda: with_entry("archive/constants.pkl", b"x"), "TorchScript"),
+    "TorchScript, with its code": (
+        lambda: with_entry("archive/constants.pkl", b"x", {"archive/code/__torch__.py": b"code" * 100}),
+        "TorchScript",
+    ),
     "deflate bomb": (
         lambda: archive(program(text("x" * 50_000_000)), compression=zipfile.ZIP_DEFLATED),
         "compressed or encrypted",
