@@ -19,14 +19,20 @@ __all__ = ["load", "load_open", "refused"]
 
 def refused(buffer: bytes | bytearray | memoryview) -> tuple[str, ...]:
     """Return the names in a ``.pt`` file that ``weights_only=True`` refuses, sorted; of another kind of file, that it is one."""
-    try:
-        load(buffer, map_location="meta")
-    except UnsafeContent:
+    for location in ("meta", "cpu"):
         try:
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer))  # a copy, of what is not loadable
-        except Exception:
-            found = []
-        return tuple(sorted(found)) or ("something torch does not name",)
+            load(buffer, map_location=location)
+        except UnsafeContent:
+            try:
+                found = torch.serialization.get_unsafe_globals_in_checkpoint(
+                    io.BytesIO(buffer)
+                )  # a copy, of what is not loadable
+            except Exception:
+                found = []
+            return tuple(sorted(found)) or ("something torch does not name",)
+        except RuntimeError:
+            continue  # there are tensors that cannot be made without their numbers, or not here: that is no refusal
+        break
     return ()
 
 

@@ -53,14 +53,24 @@ def check_reach(stored: int, item: int, offset: int | torch.SymInt, shape: Seque
 
 
 def check_tensor(tensor: torch.Tensor) -> None:
-    """Do as `check_reach` for a tensor of exactly this class, and refuse a gradient where torch.load does. Seen in torch 2.13.
+    """Do as `check_reach` for a tensor of exactly this class, and refuse what else torch.load refuses. Seen in torch 2.13.
 
-    It does so for dtypes that have no storage class of their own; parameters of these do load.
+    A gradient, where the dtype has no storage class of its own; parameters of these do load. A quantized tensor that was viewed in
+    another shape than the one that its scales are for.
 
     Raises:
         pickle.PicklingError: says what to do.
     """
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or not (tensor.is_cpu or tensor.is_cuda):
+    if tensor.layout is not torch.strided or tensor.is_nested or not (tensor.is_cpu or tensor.is_cuda):
+        return
+    if tensor.is_quantized:
+        if tensor.qscheme() in _PER_CHANNEL:
+            scales, axis = tensor.q_per_channel_scales().numel(), tensor.q_per_channel_axis()
+            if tensor.shape[axis : axis + 1] != (scales,):
+                raise pickle.PicklingError(
+                    f"a quantized tensor of shape {list(tensor.shape)} has {scales} scales for its dimension {axis}, which torch.load "
+                    "would refuse; save it in the shape that it was quantized in"
+                )
         return
     stored = tensor.untyped_storage().nbytes()
     check_reach(stored, tensor.dtype.itemsize, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -70,6 +80,7 @@ def check_tensor(tensor: torch.Tensor) -> None:
         )
 
 
+_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
 _WITH_GRADIENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 
 
