@@ -488,6 +488,24 @@ def test_the_example_in_the_readme(tmp_path: Path) -> None:
         assert first.equal(second)
 
 
+def test_the_example_in_the_docs(tmp_path: Path) -> None:
+    """As it stands, and once more."""
+    page = (Path(__file__).parent.parent / "docs/distributed.md").read_text(encoding="utf-8")
+    example = page.partition("```python\n")[2].partition("```")[0]
+    seen = []
+    for step in (1, 2):
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        sampler = InterruptableDistributedSampler(range(8))
+        with Store(tmp_path, keep_last=4) as store:
+            names: dict[str, Any] = {"model": model, "optimizer": optimizer, "store": store, "step": step, "sampler": sampler}
+            exec(example, names)
+            names["future"].result()
+            assert len(store.checkpoints()) == 2 * step
+        seen.append(model.weight)
+    assert seen[0].equal(seen[1])
+
+
 def test_with_a_key(tmp_path: Path) -> None:
     """What other ranks wrote is as authentic as what this one did."""
     with Store(tmp_path, hmac_key=b"sixteen bytes or more") as store:
