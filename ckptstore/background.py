@@ -141,12 +141,16 @@ class _Job:
         self.draft = draft
         self.still: Still | None = None
         self.rng: Any = None
-        self.thread = threading.get_ident()
-        """The one that is busy with it; 0 before it has begun."""
-        self.started = False
-        """Whether it is taken, and has a thread of its own or its turn in the queue."""
+        self.taker = threading.get_ident()
+        self.started: list[int] = []
+        """When it is taken, and has a thread of its own or its turn in the queue: that thread."""
         self.pid = os.getpid()
         self._owner: dict[str, object] = {}
+
+    @property
+    def thread(self) -> int:
+        """The one that is busy with it."""
+        return self.started[0] if self.started else self.taker
 
     def claim(self) -> bool:
         """Say whether the caller is the first to ask: the one who ends it."""
@@ -261,20 +265,21 @@ class Background:
         with self._lock:
             self._jobs.remove(job)
             self._jobs.append(job)  # behind those that were started first
-            job.started = True
-            job.thread = 0  # not this one any more: from here on it waits for it like all others
         _live.add(job)
         try:
             if _exiting:
                 raise RuntimeError("nobody would wait for the thread")
-            start_new_thread(self._run, (job,))  # Thread.start() waits for an Event, which an interrupt would leave locked
+            # Thread.start() waits for an Event, which an interrupt would leave locked. From here on this thread waits for it like all
+            # others: in one step, for a handler of a signal in between would wait for ever for what it has kept from starting.
+            job.started.extend(map(start_new_thread, (self._run,), ((job,),)))
         except RuntimeError:  # no thread can be had: at the interpreter's exit, or at a limit of processes
             self._run(job)
 
     def _run(self, job: _Job) -> None:
         if not job.claim():
             return
-        job.thread = threading.get_ident()
+        if not job.started:
+            job.started.append(threading.get_ident())
         checkpoint: Checkpoint | None = None
         failure: BaseException | None = None
         try:

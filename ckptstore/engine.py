@@ -43,7 +43,7 @@ class Engine:
         self.unfinished: set[str] = set()
         """Ids of distributed saves begun here of which it is not known yet what came of them."""
         self._abandoned: set[str] = set()
-        self._lock = lock_of(self, threading.Lock)
+        self._lock = lock_of(self, threading.RLock)  # a handler of a signal that comes meanwhile may want to save
         self._late = Workers(1)  # one thread: training goes on beside it
         self._jobs = _Jobs()
         self._keys: dict[str, list[str]] = {}
@@ -147,7 +147,7 @@ class Engine:
             self.deleted.intersection_update(ids)  # the others are off the record
             todo = sorted(ids - self.deleted)
         if todo:
-            deletion = self.workers.submit(self._delete_all, todo)  # at worst done at once, and needs the lock
+            deletion = self.workers.submit(self._delete_all, todo)
             with self._lock:
                 self._begun().deletions.append(deletion)
 
@@ -155,8 +155,7 @@ class Engine:
         for checkpoint_id in ids:
             with suppress(CkptStoreError):
                 self.delete_data(checkpoint_id)
-                with self._lock:
-                    self.deleted.add(checkpoint_id)
+                self.deleted.add(checkpoint_id)  # without the lock: who has it, and was interrupted, may wait for us in `settle`
 
     def settle(self) -> None:
         """Wait for the deletions begun before: the next change starts from a quiet store, with the space they free."""

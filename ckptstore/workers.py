@@ -137,7 +137,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._lock = lock_of(self, threading.Lock)
+        self._lock = lock_of(self, threading.RLock)  # a handler of a signal that comes meanwhile may want to save
         self._crew: _Crew | None = None
 
     def submit(self, call: Callable[..., _R], *args: Any) -> Job[_R]:
@@ -150,11 +150,12 @@ class Workers:
         try:
             jobs.append(job)
             with self._lock:
-                if not self.alive:
-                    self._crew = _Crew()
-                assert self._crew is not None
-                if self._crew.hire(self.count):
-                    self._crew.jobs.put(job)
+                crew = self._crew
+                if crew is None or not self.alive:
+                    crew = self._crew = _Crew()
+                if crew.hire(self.count):
+                    crew.jobs.put(job)
+                    crew.do_what_is_left()
                     return job
         except BaseException:
             job.cancel()  # it may not have been handed over, and who waits for it would wait for ever
@@ -199,13 +200,28 @@ class _Crew:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.jobs: SimpleQueue[Job[Any] | None] = SimpleQueue()
+        self._dismissed = False
         self._threads: list[threading.Thread] = []
         # At the interpreter's exit, or when the store was dropped without closing it.
         weakref.finalize(self, _dismiss, self.pid, self.jobs, self._threads)
 
     def dismiss(self) -> None:
         """End the threads, when they have done what they were given."""
+        self._dismissed = True
         _dismiss(self.pid, self.jobs, self._threads, wait=True)
+
+    def do_what_is_left(self) -> None:
+        """Do here what came after the threads had been dismissed: by a handler of a signal, while they were being given something."""
+        while self._dismissed:
+            try:
+                job = self.jobs.get_nowait()
+            except Empty:
+                self.jobs.put(None)
+                break
+            if job is not None:
+                job.run()
+                if job.interrupt is not None:
+                    raise job.interrupt
 
     def hire(self, most: int) -> bool:
         """Start one more thread, up to `most`; say whether there is any. There may be a limit, or the interpreter be leaving."""

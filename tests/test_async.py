@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import mmap
 import os
 import pickle
@@ -548,6 +549,92 @@ def test_a_signal_handler_that_saves(valve: Valve) -> None:
     pending.result(60)
     store.close()
     assert [value(c) for c in store] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["save", "save_async"])
+def test_a_signal_handler_that_saves_when_a_thread_is_just_to_be_started(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """It does not wait for the save that this thread is for, which it keeps from starting."""
+    store = store_on(new_memory(), keep_last="all")
+    made: list[float] = []
+
+    def handler(*args: Any) -> int:
+        monkeypatch.undo()
+        made.append(value(store.save(state(1)) if how == "save" else store.save_async(state(1)).result(60)))
+        return background.start_new_thread(*args)
+
+    def interrupted() -> None:
+        made.append(value(store.save_async(state(2)).result(60)))
+
+    monkeypatch.setattr(background, "start_new_thread", handler)
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert made == [1, 2], "it waits for ever"
+    store.save(state(3))
+    assert [value(c) for c in store] == [1, 2, 3]
+    store.close()
+
+
+class HandlerAt:
+    """Calls `handler` at the `at`-th moment of this thread at which Python would, as `test_interrupted.InterruptAt` raises."""
+
+    def __init__(self, at: int, handler: Callable[[], object]) -> None:
+        self.fired = False
+        self._left = at
+        self._handler = handler
+
+    def __call__(self, frame: Any, event: str, function: Any) -> None:
+        if event in ("call", "c_return"):
+            self._left -= 1
+            if not self._left:
+                self.fired = True
+                sys.setprofile(None)
+                self._handler()
+
+
+@pytest.mark.parametrize("stride", [pytest.param(37, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("what", "handled"), [("save", "save"), ("save_async", "save"), ("save_async", "save_async")])
+def test_a_signal_handler_that_saves_at_every_moment(ram: Path, what: str, handled: str, stride: int) -> None:
+    """Of a save, or of the beginning of one in the background. It does not wait for what it has interrupted itself.
+
+    But a thread that it has begun would, for a save that is committing.
+    """
+    large = {"x": torch.zeros(3 << 18), "y": torch.zeros(3 << 18)}  # for this, threads are started
+    store = Store(ram / "store", keep_last=1)
+    store.save(large)
+    points = 0
+
+    def save(how: str) -> None:
+        if how == "save":
+            store.save(large)
+        else:
+            store.save_async(large).result()
+
+    def at_moment(moment: HandlerAt) -> None:
+        torch.save(1, io.BytesIO())  # what torch has for each thread is made by the first
+        store._engine.workers.close()
+        store._engine.writer.close()
+        sys.setprofile(moment)
+        try:
+            save(what)
+        finally:
+            sys.setprofile(None)
+        store._background.wait()
+        over.append(points)
+
+    over: list[int] = []
+    while True:
+        moment = HandlerAt(1 + points * stride, lambda: save(handled))
+        thread = threading.Thread(target=at_moment, args=(moment,), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert over[points:] == [points], f"it waits for ever, after a handler at moment {1 + points * stride}"
+        if not moment.fired:
+            break
+        points += 1
+    store.close()
+    assert len(store.checkpoints()) == 1 and store.verify() == []
+    assert points > 150 / stride
 
 
 def test_a_fork_while_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

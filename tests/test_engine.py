@@ -53,6 +53,24 @@ def test_what_was_written_here_is_deleted_without_a_listing_also_when_it_takes_t
     assert faulty.calls["list"] == listings
 
 
+def test_a_handler_of_a_signal_that_saves_does_not_wait_for_whom_it_has_interrupted() -> None:
+    """The thread that deletes must not want the lock that the handler, which waits for it, has kept from being given back."""
+    store = store_on(new_memory(), keep_last=1)
+    write(store)
+    made: list[str] = []
+
+    def handler() -> None:
+        with store._engine._lock:  # where it came
+            made.extend(write(store) for _ in range(3))
+
+    thread = threading.Thread(target=handler, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert len(made) == 3, "it waits for ever"
+    assert [checkpoint.id for checkpoint in store] == made[-1:]
+    store.close()
+
+
 def test_what_came_late_is_deleted_with_the_next_attempt() -> None:
     """A packet that was on its way when its checkpoint was deleted."""
     backend = new_memory()

@@ -155,6 +155,33 @@ def test_a_job_that_an_interrupt_kept_from_the_threads_is_over(monkeypatch: pyte
     some.close()
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["behind", "before"])
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_handler_of_a_signal_that_comes_while_a_job_is_begun(
+    monkeypatch: pytest.MonkeyPatch, closing: bool, first: bool
+) -> None:
+    """It does not wait for a lock that it has kept from being given back; and nobody waits for threads that it has ended."""
+    some = Workers(1)
+    hire = _Crew.hire
+    results: list[int] = []
+
+    def interrupted(crew: _Crew, most: int) -> bool:
+        monkeypatch.setattr(_Crew, "hire", hire)
+        hired = first or hire(crew, most)
+        results.append(some.submit(len, "two").result())
+        if closing:
+            some.close()
+        return hire(crew, most) if first else hired
+
+    monkeypatch.setattr(_Crew, "hire", interrupted)
+    thread = threading.Thread(target=lambda: results.append(some.submit(len, "four").result()), daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    assert results == [3, 4], "it waits for ever"
+    assert some.submit(len, "again").result() == 5
+    some.close()
+
+
 def test_no_more_threads_than_were_asked_for_and_none_after_closing() -> None:
     some = Workers(2)
     together = threading.Barrier(2)
