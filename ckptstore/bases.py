@@ -88,7 +88,7 @@ class Bases:
         if size <= _ABOVE or record.n % _EVERY:
             return record
         base, data = Base.make(new_base_name(record.n), record.checkpoints)
-        if size <= len(data) // _SHARE:
+        if size <= len(data) // _SHARE or len(data) > RECORD_LIMIT:  # which nobody would read
             return record
         based = replace(record, checkpoints=record.checkpoints.based(base))
         try:

@@ -24,7 +24,7 @@ from .epoch import Writer
 from .errors import CkptStoreError, CommitUnknown, UsageError, WeightsOnlyWarning
 from .files import Files, TransactionFile
 from .log import new_op
-from .manifest import FileEntry, Manifest, encode
+from .manifest import MANIFEST_LIMIT, FileEntry, Manifest, encode
 from .naming import MANIFEST, check_name, check_step, data_key, new_id
 from .posix import mapped_errors
 from .record import Entry, Record
@@ -258,6 +258,11 @@ class Transaction:
             writer=self._versions,
         )
         data = encode(manifest, self._engine.key)
+        if len(data) > MANIFEST_LIMIT:
+            raise UsageError(
+                f"nothing was published: metadata, the sampler's state and the list of files take {len(data)} bytes, more than the "
+                f"{MANIFEST_LIMIT} that are read back; save what is large as a file"
+            )
         self._files.put_last(MANIFEST, data)
         return manifest, data
 

@@ -469,6 +469,15 @@ def test_a_base_larger_than_a_record_may_be_is_refused_by_its_reader(early: None
         list(reader)
 
 
+def test_a_base_that_nobody_would_read_is_not_made(early: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, made = filled(EVERY + 3)
+    monkeypatch.setattr(bases, "RECORD_LIMIT", max(len(objects(backend)[key]) for key in base_objects(backend)))
+    with keep_all(backend) as store:
+        made += [write(store) for _ in range(3 * EVERY)]
+    with keep_all(backend) as reader:
+        assert [c.id for c in reader] == made
+
+
 # --- what those leave in the log that died
 
 

@@ -389,6 +389,15 @@ def test_metadata_that_is_no_json(store: Store, backend: Backend, metadata: Any)
     assert list(backend.list("")) == []
 
 
+def test_metadata_that_nobody_would_read_back(store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptstore.transaction.MANIFEST_LIMIT", 2000)
+    write(store, metadata="short")
+    before, data = state_of(backend), folders(backend)
+    with pytest.raises(UsageError, match="as a file"):
+        write(store, metadata="long" * 500)
+    assert (state_of(backend), folders(backend)) == (before, data)
+
+
 def test_metadata_is_as_it_was_when_the_transaction_began(store: Store) -> None:
     metadata = {"a": [1]}
     with store.transaction(metadata=metadata):
