@@ -103,7 +103,7 @@ class Preemption:
             # A group of its own: on the CPU, for the GPU must not be waited for at every step; and it does not get in the way of others.
             ranks = dist.get_process_group_ranks(self._group) if self._group is not None else None
             self._talk = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
-        number = torch.tensor(left, dtype=torch.float64)
+        number = torch.tensor(left, dtype=torch.float64, device="cpu")
         dist.all_reduce(number, op=dist.ReduceOp.MIN, group=self._talk)
         return float(number)
 

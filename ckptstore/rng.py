@@ -23,7 +23,7 @@ def capture() -> dict[str, Any]:
     """
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": {"version": version, "state": torch.tensor(words), "gauss": gauss},
+        "python": {"version": version, "state": torch.tensor(words, device="cpu"), "gauss": gauss},
         "torch": torch.get_rng_state(),
     }
     if "numpy" in sys.modules:

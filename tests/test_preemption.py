@@ -237,9 +237,11 @@ def warm_up() -> None:
 
 def rank(channel: Channel, folder: str, url: str, rank: int, world: int) -> None:
     """Step until told to stop; then the first rank saves."""
+    import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.set_default_device("meta")  # whatever it is, the ranks decide on the CPU
     with preemption(grace=60) as guard:
         for step in range(1_000_000):
             if guard.requested():

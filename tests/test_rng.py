@@ -57,6 +57,14 @@ def test_the_very_same_numbers_follow(seed: int) -> None:
     assert [draw() for _ in range(3)] == expected
 
 
+def test_the_default_device_makes_no_difference() -> None:
+    with torch.device("meta"):
+        state = rng.capture()
+    expected = draw()
+    rng.restore(state)
+    assert draw() == expected
+
+
 def test_a_capture_does_not_follow_later_draws() -> None:
     state = rng.capture()
     copied = copy.deepcopy(state)

@@ -503,6 +503,14 @@ def test_a_real_process_group_shares_out_the_epoch(tmp_path: Path) -> None:
     assert sorted(results[0]["drawn"] + results[1]["drawn"] + list(alone)) == list(range(25))
 
 
+def test_the_order_does_not_depend_on_the_default_device() -> None:
+    """After ``torch.set_default_device("cuda")``, torch's own sampler fails."""
+    sampler = InterruptableSampler(range(20), seed=1)
+    expected = list(sampler)
+    with torch.device("meta"):
+        assert list(sampler) == expected
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_random_numbers_go_on_as_if_nothing_had_happened(workers: int) -> None:
     """Starting a loader in mid-epoch must not use up a random number that the run which was not stopped did not use there."""

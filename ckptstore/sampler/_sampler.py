@@ -23,7 +23,7 @@ def epoch_order(length: int, shuffle: bool, seed: int, epoch: int) -> list[int]:
         return list(range(length))
     generator = torch.Generator()
     generator.manual_seed(seed + epoch)
-    order: list[int] = torch.randperm(length, generator=generator).tolist()
+    order: list[int] = torch.randperm(length, generator=generator, device="cpu").tolist()
     return order
 
 
