@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .bases import BASE_ENDS, base_keys, bases_of
 from .errors import DamagedRecord
-from .log import LOG, Head, slot_of
+from .log import HINT, LOG, Head, slot_of
 from .naming import DATA, epoch_of, id_of_key, is_id
 from .protocol import Backend
 
@@ -77,4 +77,5 @@ def unfinished_records(backend: Backend, head: Head) -> list[str]:
         info.key for info in backend.list(LOG) if info.key.endswith((_UNFINISHED, *BASE_ENDS)) and info.key not in needed
     )
     # A live writer that loses its leftover here has lost its slot already, or else fails to leave a hint, which does no harm.
-    return [key for key in leftovers if (slot := slot_of(key)) is None or slot <= head.slot]
+    # What has another name is not ours: people put stores into folders that had a folder `log` before.
+    return [key for key in leftovers if key.startswith(f"{HINT}.") or ((slot := slot_of(key)) is not None and slot <= head.slot)]

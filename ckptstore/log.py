@@ -34,10 +34,10 @@ from .protocol import Backend
 from .record import EMPTY, RECORD_LIMIT, Record, Tombstone, decode, encode, encode_tombstone
 from .workers import lock_of
 
-__all__ = ["LOG", "Head", "Log", "new_op", "slot_key", "slot_of"]
+__all__ = ["HINT", "LOG", "Head", "Log", "new_op", "slot_key", "slot_of"]
 
 LOG = "log/"
-_HINT = "log/hint"
+HINT = "log/hint"
 _ATTEMPTS = 4
 """How often identical bytes are sent while the answer stays ambiguous."""
 _WHOLE = 8
@@ -271,7 +271,7 @@ class Log:
 
     def _read_hint(self) -> int:
         with suppress(NotFound, BackendError, ValueError):
-            slot, _, digest = self._backend.get(_HINT, 128).decode("ascii").partition(" ")
+            slot, _, digest = self._backend.get(HINT, 128).decode("ascii").partition(" ")
             if 0 < int(slot) < 10**12:
                 self._hint = (int(slot), digest)
                 return int(slot)
@@ -379,7 +379,7 @@ class Log:
         """After commit `n`: leave a hint, and shrink one old slot. Both may fail or be lost without harm."""
         if n % _HINT_EVERY == 0 or self._backend.capabilities.remote:
             with suppress(CkptStoreError):
-                self._backend.replace(_HINT, f"{n} {digest}".encode())
+                self._backend.replace(HINT, f"{n} {digest}".encode())
         old = n - _WHOLE
         if old < 1:
             return
