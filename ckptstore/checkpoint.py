@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from .naming import data_key
 from .posix import Folders, NewFile, fsync_dir, mapped_errors, nearest_existing, write_all
 from .protocol import LocalFiles
 from .ranges import read_ranges
-from .reading import StoredFile, check_size, damaged_ranges
+from .reading import StoredFile, check_size, damaged_ranges, opened
 from .record import Entry
 
 if TYPE_CHECKING:
@@ -166,17 +166,21 @@ class Checkpoint:
             raise UsageError(f"verify must be 'full', or with mmap=True 'lazy', not {verify!r:.100}")
         entry = self._file(file)
         how: dict[str, Any] = {"map_location": map_location, "weights_only": weights_only, "name": f"{self.id}/{file}"}
-        with self._damaged_or_pruned():
+        with self._damaged_or_pruned(), ExitStack() as held:
+            if verify == "lazy":
+                # What is checked is the file that is mapped, which may lose its name meanwhile, to retention.
+                lent = held.enter_context(opened(self._engine.backend, data_key(self.id, entry.key)))
             if mmap:
                 from . import mapped
 
                 result = mapped.load(self._stored(entry), lazy=verify == "lazy", **how)
             else:
                 result = loading.load(self._stored(entry), **how)
-        if verify == "lazy":
-            self._engine.check_later(lambda: self._check_late(entry))
-        else:
-            self.read_whole.add(file)
+            if verify == "lazy":
+                late = held.pop_all()
+                self._engine.check_later(lambda: self._check_late(entry, late, lent))
+            else:
+                self.read_whole.add(file)
         return result
 
     def load_tensors(self, names: Iterable[str], file: str = STATE_FILE, *, weights_only: bool = True) -> dict[str, torch.Tensor]:
@@ -226,10 +230,10 @@ class Checkpoint:
     def _stored(self, entry: FileEntry) -> StoredFile:
         return StoredFile(self._engine.backend, data_key(self.id, entry.key), entry, self._engine.workers)
 
-    def _check_late(self, entry: FileEntry) -> None:
-        ranges = damaged_ranges(self._engine.backend, data_key(self.id, entry.key), entry, None)
+    def _check_late(self, entry: FileEntry, held: ExitStack, lent: Any) -> None:
+        with held:
+            ranges = damaged_ranges(self._engine.backend, data_key(self.id, entry.key), entry, None, lent=lent)
         if ranges:
-            self._engine.check_kept(self.id)
             self._engine.verdicts[self.id] = False
             why = "it was loaded with verify='lazy', and is damaged: what was made of it must not be used"
             raise DamagedFile(f"{self.id}/{entry.path}: {why}", entry.path, ranges)

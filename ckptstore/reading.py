@@ -6,7 +6,7 @@ import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 
 from .checksum import crc64nvme, digest_of, new_digest
@@ -16,7 +16,7 @@ from .pages import NewMemory
 from .protocol import Backend, LocalFiles, ObjectInfo
 from .workers import Workers
 
-__all__ = ["Chunks", "Pass", "Piece", "StoredFile", "check_size", "damaged_ranges", "read_chunk"]
+__all__ = ["Chunks", "Pass", "Piece", "StoredFile", "check_size", "damaged_ranges", "opened", "read_chunk"]
 
 Piece = tuple[int, memoryview]
 """The first byte of a part of a file, and the memory that it is to be read into."""
@@ -313,21 +313,28 @@ def read_chunk(backend: Backend, key: str, entry: FileEntry, offset: int, number
 
 
 def damaged_ranges(
-    backend: Backend, key: str, entry: FileEntry, workers: Workers | None, progress: Callable[[int], object] | None = None
+    backend: Backend,
+    key: str,
+    entry: FileEntry,
+    workers: Workers | None,
+    progress: Callable[[int], object] | None = None,
+    lent: tuple[_ReadInto, int] | None = None,
 ) -> list[tuple[int, int]]:
     """Read the whole file in bounded memory and return the (start, stop) byte ranges that are not what was committed.
 
     A missing file is one range; bytes beyond the end are a range too. `progress` is called with the number of bytes just done. Without
-    `workers`, the calling thread does it alone.
+    `workers`, the calling thread does it alone. With what `opened` has `lent` before, the file may have lost its name since.
     """
     try:
         size = backend.stat(key).size
     except (NotFound, Unreadable):
-        return [(0, entry.size)]
+        if lent is None:
+            return [(0, entry.size)]
+        size = entry.size
     chunks = Chunks(entry, key)
     there = [n for n, start in enumerate(chunks.starts) if start + entry.chunks[n][0] <= size]
     bad: list[tuple[int, int]] = []
-    with opened(backend, key) as (read_into, block):
+    with nullcontext(lent) if lent else opened(backend, key) as (read_into, block):
         one = Pass(chunks, read_into, block)
         jobs = list(_jobs(chunks.spans(there, block), backend.capabilities.part_size))
 

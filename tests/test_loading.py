@@ -7,6 +7,7 @@ import io
 import mmap
 import threading
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,29 @@ def test_damage_found_late_is_raised_by_the_next_call_once(then: str, tmp_path: 
     }
     with pytest.raises(DamagedFile, match="must not be used"):
         calls[then]()
+    store.close()
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_what_is_pruned_before_its_late_check_is_checked_all_the_same(damaged: bool, tmp_path: Path) -> None:
+    busy = threading.Lock()
+
+    def check_another_large_file() -> None:
+        busy.acquire()
+
+    store = Store(tmp_path / "s", keep_last=1)
+    store.save({"model": torch.ones(2 * MIB), "next": torch.ones(MIB)})
+    path = data_file(store, tmp_path / "s")
+    if damaged:
+        flip(path, 4 * MIB)
+    with busy:
+        store._engine.check_later(check_another_large_file)
+        store.load(mmap=True, verify="lazy")
+        stores.write(store)
+        store._engine.settle()
+        assert not path.exists()
+    with pytest.raises(DamagedFile, match="must not be used") if damaged else nullcontext():
+        store.close()
     store.close()
 
 
