@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,46 @@ def test_two_ranks_of_a_trainer(tmp_path: Path, warm: Nursery) -> None:
         assert store.checkpoint().step == STEPS
         assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"} <= set(store.checkpoint().files)
         assert store.verify() == []
+
+
+def told_to_stop(channel: Channel, url: str, output: str) -> None:
+    """Be sent SIGTERM at step 4, of which the Trainer saves what it has; go on from that."""
+    quietly()
+    import transformers
+
+    class Stop(transformers.TrainerCallback):
+        manager: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                signal.raise_signal(signal.SIGTERM)
+                while not self.manager.is_checkpoint_requested:  # a timer's thread says so
+                    time.sleep(0.001)
+
+    half = Path(output, "checkpoint-5")
+    half.mkdir(parents=True)
+    for file in ("model.safetensors", "trainer_state.json"):
+        (half / file).write_bytes(b"half of it")
+    stop = Stop()
+    trainer, store = make_trainer(url, output, stop, save_steps=100, save_total_limit=None, enable_jit_checkpoint=True)
+    jit = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "JITCheckpointCallback")
+    stop.manager = jit.jit_manager
+    stop.manager.kill_wait = 0
+    assert store.newest(output) is None
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert [c.step for c in store.store.checkpoints()] == [4]
+    again, store = make_trainer(url, output, save_steps=100)
+    folder = store.newest(output)
+    assert folder is not None
+    again.train(resume_from_checkpoint=folder)
+    channel.send("end", folder, again.state.global_step)
+
+
+def test_what_is_saved_at_sigterm_is_published(tmp_path: Path, warm: Nursery) -> None:
+    """And what a killed run left of the step at which training stops is not."""
+    output = str(tmp_path / "out")
+    assert warm.start(told_to_stop, str(tmp_path / "s"), output).rest() == [["end", f"{output}/checkpoint-4", STEPS]]
 
 
 def test_a_damaged_folder_is_passed_over(tmp_path: Path, warm: Nursery) -> None:
