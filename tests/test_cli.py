@@ -798,6 +798,16 @@ class TestTrouble:
         assert run("ls", url) == (0, "", "ckptstore: warning: \\x1b[31mlook\n")
         assert json.loads(run("ls", url, "--json")[1])["warnings"] == ["\x1b[31mlook"]
 
+    def test_what_libraries_log_stays_out_of_it(self, url: str) -> None:
+        code = f"""
+import logging, sys
+from ckptstore.cli import _main
+_main._COMMANDS["ls"] = lambda *_: logging.getLogger("azure.identity").warning("several\\nlines") or 0
+sys.exit(_main.main(["ls", {url!r}]))
+"""
+        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
     def test_nothing_unprintable_reaches_the_terminal(self, tmp_path: Path) -> None:
         evil = "\x1b]0;owned\x07\u202e\x9b31m"
         source = tmp_path.parent / "source"

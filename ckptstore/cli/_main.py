@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (else what was typed) asks for, and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     out = Output("--json" in words)
+    if not logging.root.handlers:  # else what libraries log as a warning goes to standard error, where each line is ours
+        logging.root.addHandler(logging.NullHandler())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
