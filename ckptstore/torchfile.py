@@ -32,7 +32,7 @@ from .zipsums import ZipSums
 
 __all__ = ["Sink", "save"]
 
-_GATHERED = 1 << 14
+_GATHERED, _COPIED = 1 << 14, 1 << 23
 """Bytes."""
 _SMALL, _FEW = 1 << 16, 1000
 """Bytes, and values: what has no more of either is written to memory first."""
@@ -206,6 +206,8 @@ class _Guard:
             if not content:
                 self._gather(piece)
             elif len(data) <= _GATHERED or not hasattr(self._sink, "write_summed"):
+                if len(data) <= _GATHERED:
+                    piece = bytes(piece)  # which no other process can write to
                 self._gather(piece)
                 sums.add(len(data), crc32(piece, sums.crc))
             else:
@@ -221,8 +223,15 @@ class _Guard:
             data = _memory(storage.data_ptr(), len(data), _READ)
         else:
             storage = None
+        sink, crc = cast(_SummingSink, self._sink), sums.crc
         with self._shut_on_error():
-            return cast(_SummingSink, self._sink).write_summed(data, sums.crc, storage)
+            if storage is None or not storage.is_shared():
+                return sink.write_summed(data, crc, storage)
+            # Other processes may write to it at any moment, as in Hogwild training: what is hashed has to be what is written.
+            for start in range(0, len(data), _COPIED):
+                copy = bytes(data[start : start + _COPIED])
+                crc = sink.write_summed(memoryview(copy), crc, copy)
+            return crc
 
     def _gather(self, data: bytes | memoryview) -> None:
         if len(self._gathered) + len(data) <= _GATHERED:

@@ -64,7 +64,7 @@ def check_tensor(tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested or not (tensor.is_cpu or tensor.is_cuda):
         return
     if tensor.is_quantized:
-        if tensor.qscheme() in _PER_CHANNEL:
+        if "per_channel" in str(tensor.qscheme()):
             scales, axis = tensor.q_per_channel_scales().numel(), tensor.q_per_channel_axis()
             if tensor.shape[axis : axis + 1] != (scales,):
                 raise pickle.PicklingError(
@@ -80,7 +80,6 @@ def check_tensor(tensor: torch.Tensor) -> None:
         )
 
 
-_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
 _WITH_GRADIENT = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 
 

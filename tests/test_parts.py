@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import threading
 import weakref
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptstore import transfer
+from ckptstore import torchfile, transfer
 from ckptstore.checksum import crc64nvme
 from ckptstore.errors import StorageFull
 from ckptstore.manifest import CHUNK_LIMIT, FileEntry
@@ -59,6 +62,37 @@ class Gathering(Parts):
         assert all(pieces)
         assert crc == crc64nvme(b"".join(pieces))
         self.write(offset, memoryview(b"".join(pieces)), number, crc)
+
+
+class Late(Parts):
+    """Has somebody write to the live tensors just before what is in them is taken."""
+
+    def __init__(self, live: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = live
+
+    def write(self, offset: int, data: memoryview, number: int, crc: int | None = None) -> None:
+        for tensor in self.live:
+            tensor.add_(1)
+        super().write(offset, data, number, crc)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_other_processes_write_to_is_hashed_as_it_is_written(threads: int) -> None:
+    """As in Hogwild training. Or the checkpoint would be published, and be damaged."""
+    live = [torch.arange(n, dtype=torch.float32).share_memory_() for n in (3 * MIB, 20_000, 1000, 7)]
+    writer, workers = Late(live), Workers(threads)
+    sink = FileSink("f", writer, workers, replace(SERVICE, part_size=MIB, min_part=0, max_parts=0))
+    torchfile.save({"w": live}, sink)
+    entry = sink.close()
+    workers.close()
+    data = b"".join(part for _, part in sorted(writer.parts.values()))
+    starts = itertools.accumulate((length for length, _ in entry.chunks), initial=0)
+    assert [crc for _, crc in entry.chunks] == [
+        crc64nvme(data[start : start + length]) for start, (length, _) in zip(starts, entry.chunks, strict=False)
+    ]
+    assert zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+    assert [tuple(tensor.shape) for tensor in torch.load(io.BytesIO(data))["w"]] == [tuple(tensor.shape) for tensor in live]
 
 
 def sent(writes: list[bytes], storage: Capabilities) -> tuple[list[bytes], FileEntry]:
