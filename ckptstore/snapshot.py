@@ -160,7 +160,11 @@ def restore(target: Any, state: Any) -> None:
 
 
 class Plan:
-    """How `restore` is to put `state` into `target`, of which nothing has been changed. No tensor has been looked into."""
+    """How `restore` is to put `state` into `target`, of which nothing has been changed. No tensor has been looked into.
+
+    Raises:
+        StateMismatch: they are nested too deeply.
+    """
 
     def __init__(self, target: Any, state: Any) -> None:
         self.state = state
@@ -171,7 +175,12 @@ class Plan:
         self._problems: list[str] = []
         self._seen: set[tuple[int, int]] = set()
         self._plain = _Plainness()
-        self._visit(target, state, "")
+        try:
+            self._visit(target, state, "")
+        except RecursionError as exc:
+            raise StateMismatch(
+                "the objects are nested too deeply to be restored in place; load() returns what was saved"
+            ) from exc
 
     def carry_out(self) -> None:
         """Do it. Raises `StateMismatch` as `restore`."""

@@ -259,6 +259,17 @@ def test_a_target_that_cannot_be_changed() -> None:
         snapshot.restore(5, 6)
 
 
+def test_nesting_beyond_the_stack_is_said_so() -> None:
+    def nested() -> Any:
+        result: Any = torch.zeros(1)
+        for _ in range(100_000):
+            result = [result]
+        return result
+
+    with pytest.raises(StateMismatch, match="nested too deeply"):
+        snapshot.restore(nested(), nested())
+
+
 def test_an_equal_value_in_a_tuple_is_fine() -> None:
     counter = Counter()
     snapshot.restore({"t": (counter, 5, "x", None)}, {"t": ({"n": 1}, 5, "x", None)})
