@@ -202,6 +202,9 @@ def test_a_batch_sampler_of_ours() -> None:
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="StatefulDataLoader"):
         LoaderState(torch.utils.data.DataLoader(DATA))
+    for options in ({"sampler": InterruptableSampler(DATA)}, {"batch_sampler": InterruptableSampler(DATA)}):
+        with pytest.raises(UsageError, match=r"InLoader\(sampler\)"):  # it would begin each epoch anew
+            LoaderState(StatefulDataLoader(DATA, **options))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="samplers"):
         InLoader(torch.utils.data.SequentialSampler(DATA))  # type: ignore[arg-type]
     sampler = InterruptableSampler(DATA, seed=1)

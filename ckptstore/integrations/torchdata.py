@@ -43,6 +43,9 @@ class LoaderState:
         self._loader = loader
         batches = getattr(loader, "batch_sampler", None)
         inside = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        if any(isinstance(sampler, Interruptable) for sampler in inside):
+            # The loader would take the sampler's own state, in which nobody has counted, for all that it needs to go on.
+            raise UsageError("this loader does not count for the sampler in it: give it sampler=InLoader(sampler)")
         self._ours = next((sampler for sampler in inside if isinstance(sampler, InLoader)), None)
 
     def state_dict(self) -> dict[str, Any]:
