@@ -660,6 +660,33 @@ def test_what_the_tuner_saves_is_nothing_to_resume_from(tmp_path: Path, warm: Nu
     assert told(warm, tuned, str(tmp_path), asynchronous) == ["tuned"]
 
 
+def once_more(channel: Channel, folder: str) -> None:
+    """A run is broken off, and begun anew in the same process with the same loader, as people do in a notebook."""
+    quietly()
+    import lightning.pytorch as pl
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 11:
+                raise RuntimeError("enough")
+
+    whole, loader = make_model(), make_loader()
+    make_trainer(f"{folder}/whole", folder, max_epochs=2, enable_checkpointing=False).fit(whole, loader)
+    for workers in (0, 1):
+        loader = make_loader(workers)
+        trainer = make_trainer(f"{folder}/broken", folder, Stop(), max_epochs=2, enable_checkpointing=False)
+        with pytest.raises(RuntimeError, match="enough"):
+            trainer.fit(make_model(), loader)
+        model = make_model()
+        make_trainer(f"{folder}/again", folder, max_epochs=2, enable_checkpointing=False).fit(model, loader)
+        assert model.seen == whole.seen
+    channel.send("begun anew")
+
+
+def test_a_run_that_is_begun_anew_sees_everything(tmp_path: Path, warm: Nursery) -> None:
+    assert told(warm, once_more, str(tmp_path)) == ["begun anew"]
+
+
 def fabric(channel: Channel, url: str, stop_at: int) -> None:
     quietly()
     import lightning.fabric

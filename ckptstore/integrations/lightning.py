@@ -295,10 +295,15 @@ class ExactResume(_Callback):  # type: ignore[misc]
         sampler = _sampler(trainer)
         if sampler is not None:
             _count_of(trainer, sampler)  # fail now if it cannot be counted
-        if saved is None:
-            return
         progress = trainer.fit_loop.epoch_progress.current
         begins = progress.ready == progress.processed  # an epoch; otherwise one is gone on with
+        if saved is None:
+            if sampler is not None and begins and (sampler.consumed or sampler.epoch != progress.processed):
+                # An earlier run in this process, which was interrupted perhaps, has left its count there.
+                sampler.reset_progress()
+                sampler.set_epoch(progress.processed)
+                iter(trainer.fit_loop._data_fetcher)  # again: workers may have been given what was next then
+            return
         if saved["sampler"] is not None:
             if sampler is None:
                 raise StateMismatch(
