@@ -116,6 +116,7 @@ class Files:
         self._sinks: dict[str, FileSink] = {}  # key -> being written
         self._written: list[tuple[PartWriter, str]] = []  # complete, not yet durable; with their keys
         self._files: dict[str, FileEntry] = {}  # by key, complete
+        self._nbytes = 0  # of these: there may be tens of thousands, too many to count again and again
         self._folders: set[str] = set()
         self._spoilt: str | None = None
 
@@ -152,6 +153,7 @@ class Files:
         """
         for entry, _ in zip(entries, self._engine.workers.map(self._check_adopted, entries), strict=True):
             self._files[self._take(entry.path)] = entry
+            self._nbytes += entry.size
 
     def _check_adopted(self, entry: FileEntry) -> None:
         try:
@@ -175,6 +177,7 @@ class Files:
         try:
             entry = sink.close()
             self._files[entry.key] = entry
+            self._nbytes += entry.size
             del self._sinks[entry.key]
             self._written.append((sink.writer, entry.key))
             try:
@@ -234,7 +237,7 @@ class Files:
             self.finish()
 
     def _is_small(self) -> bool:
-        return not self._engine.backend.capabilities.remote and sum(f.size for f in self._files.values()) < _SMALL
+        return not self._engine.backend.capabilities.remote and self._nbytes < _SMALL
 
     def drop(self) -> None:
         """Drop what this process has written, of a checkpoint that will not be committed. Never raises for anything the storage does."""

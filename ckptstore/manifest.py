@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .checksum import ALGORITHM, DIGESTS
 from .envelope import JSON, from_number, seal, to_number, to_time, unseal
@@ -80,7 +81,11 @@ class Manifest:
 
     def file(self, path: str) -> FileEntry | None:
         """Return the entry of the file `path`, if there is one."""
-        return next((f for f in self.files if f.path == path), None)
+        return self._by_path.get(path) if isinstance(path, str) else None
+
+    @cached_property
+    def _by_path(self) -> dict[str, FileEntry]:
+        return {f.path: f for f in self.files}
 
 
 def encode(manifest: Manifest, key: Key | None = None) -> bytes:

@@ -764,6 +764,33 @@ def test_many_files(store: Store) -> None:
     assert contents(store, write(store, files=files)) == files
 
 
+def test_many_files_are_not_gone_through_for_each_of_them(store: Store) -> None:
+    class Counted(dict[str, Any]):
+        looks = 0
+
+        def values(self) -> Any:
+            self.looks += 1
+            return super().values()
+
+    class CountedFiles(tuple[Any, ...]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            CountedFiles.looks += 1
+            return super().__iter__()
+
+    with store.transaction() as tx:
+        known = tx._files._files = Counted()
+        for i in range(200):
+            with tx.open(f"f{i}") as file:
+                file.write(b"%d" % i)
+    assert known.looks < 5
+    manifest = replace(tx.checkpoint.manifest, files=CountedFiles(tx.checkpoint.manifest.files))
+    CountedFiles.looks = 0
+    assert [manifest.file(f"f{i}").path for i in range(200)] == [*tx.checkpoint.files]  # type: ignore[union-attr]
+    assert CountedFiles.looks == 1
+
+
 def test_writes_take_any_buffer(store: Store) -> None:
     array = np.arange(6, dtype=np.int32).reshape(2, 3)
     with store.transaction() as tx, tx.open("x") as file:
