@@ -88,7 +88,7 @@ class Hollow(_Inert):
             raise NotPlain  # somebody has torch make others, as FakeTensorMode does
         try:
             tensor.set_(storage, *self._layout)
-        except (RuntimeError, TypeError) as exc:
+        except (RuntimeError, TypeError, ValueError) as exc:
             raise NotPlain from exc  # numbers that no tensor can have
         if self.parameter:
             return torch.nn.Parameter(tensor, self.grad)

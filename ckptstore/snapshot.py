@@ -222,6 +222,9 @@ class Plan:
 
         if not self._kind(_is_tensor(state), "tensor", state, path):
             return
+        if torch.nn.parameter.is_lazy(target) or torch.nn.parameter.is_lazy(state):
+            self._problems.append(f"{path or 'the tensor'} has no shape yet, here or where it was saved; run the model once")
+            return
         nested = target.is_nested and state.is_nested  # whose own shape, if they have one, never equals another's
         for what in ("dtype", "layout") if nested else ("is_nested", "shape", "dtype", "layout"):
             wanted, saved = getattr(target, what), getattr(state, what)

@@ -152,6 +152,9 @@ REFUSED: dict[str, bytes] = {
     ),
     "one dict copied into many": b"}q\x01(" + b"".join(number(i) + b"N" for i in range(2000)) + b"u0]("
     + builds(call(ORDERED), b"h\x01") * 1000 + b"e",
+    "an offset that no tensor has": tensor([0], [1], offset=1 << 64),
+    "a size that no tensor has": tensor([0, 1 << 64], [1, 1]),
+    "a stride that no tensor has": tensor([0], [1 << 64]),
     "a short storage": tensor([1], [1], stored=storage(1)),
     "a tuple that holds itself": b"]q\x01h\x01\x85q\x020h\x01h\x02a0" + b"(" * 1 + b"h\x02" + tensor([2], [1]) + b"t" + b"\x85" * 300,
 }  # fmt: skip

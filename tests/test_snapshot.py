@@ -238,6 +238,8 @@ MISMATCHES: dict[str, tuple[Any, Any, list[str]]] = {
     "no list": ({"a": [Counter()]}, {"a": {}}, ["['a'] is a list, but a dict was saved"]),
     "fewer items": ([Counter(), Counter()], [{"n": 1}], ["has 2 items, but 1 were saved"]),
     "value in a tuple": ({"t": (Counter(), 5)}, {"t": ({"n": 1}, 6)}, ["['t'][1] differs"]),
+    "lazy target": ([torch.nn.UninitializedParameter()], [torch.zeros(2)], ["[0] has no shape yet"]),
+    "lazy state": ([torch.zeros(2)], [torch.nn.UninitializedBuffer()], ["[0] has no shape yet"]),
     "meta": ([torch.zeros(2, device="meta")], [torch.zeros(2)], ["[0] is on the meta device"]),
 }
 
