@@ -46,6 +46,7 @@ def restore_newest(
 
     def apply() -> None:
         try:
+            plan.check()  # before anything is changed
             _restore_sampler(checkpoint, sampler)
             plan.carry_out()
         except StateMismatch as exc:

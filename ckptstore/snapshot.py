@@ -182,10 +182,14 @@ class Plan:
                 "the objects are nested too deeply to be restored in place; load() returns what was saved"
             ) from exc
 
-    def carry_out(self) -> None:
-        """Do it. Raises `StateMismatch` as `restore`."""
+    def check(self) -> None:
+        """Raise `StateMismatch` if something does not fit."""
         if self._problems:
             raise StateMismatch("the saved state does not fit: " + "; ".join(self._problems))
+
+    def carry_out(self) -> None:
+        """Do it. Raises `StateMismatch` as `restore`."""
+        self.check()
         for path, act in self._actions:
             try:
                 act()

@@ -17,7 +17,7 @@ import stores
 import torch
 
 from ckptstore import Store, loading, pages, torchload, userfault
-from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, UnsafeContent, UsageError
+from ckptstore.errors import Damaged, DamagedFile, FallbackWarning, NotFound, StateMismatch, UnsafeContent, UsageError
 from ckptstore.protocol import LocalFiles
 from ckptstore.testing import FaultyBackend
 
@@ -240,6 +240,29 @@ def test_after_resume_not_even_an_empty_tensor_refers_to_the_file(tmp_path: Path
         moments = live["optimizer"].state[live["model"].empty]
         assert moments["exp_avg"].shape == (0, 3) and moments["exp_avg"].stride() == (3, 1)
         assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_state_that_does_not_fit_leaves_the_sampler_alone(tmp_path: Path) -> None:
+    """Who goes on with another model would begin in the middle of an epoch."""
+
+    class Sampler:
+        def __init__(self, position: int) -> None:
+            self.position = position
+
+        def state_dict(self) -> dict[str, int]:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.position = state["position"]
+
+    with Store(tmp_path / "s") as store:
+        store.save({"w": torch.ones(3)}, sampler=Sampler(5))
+        sampler, live = Sampler(0), {"w": torch.zeros(3)}
+        with pytest.raises(StateMismatch, match=r"\['v'\] is missing"):
+            store.resume({**live, "v": torch.zeros(2)}, sampler=sampler)
+        assert sampler.position == 0 and not live["w"].any()
+        store.resume(live, sampler=sampler)
+        assert sampler.position == 5 and live["w"].all()
 
 
 def test_resume_maps_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
