@@ -17,7 +17,7 @@ import torch
 
 from .errors import ChangedWhileSaving, NotSerializable
 from .plaintensor import are_plain, have_attributes
-from .snapshot import refuse_parts
+from .snapshot import may_be_part, refuse_parts
 from .unpicklable import refusal
 
 __all__ = ["Capture"]
@@ -33,7 +33,7 @@ class Capture:
         steady: ids of storages, over which no tensor changes, nor how it lies there, before `complete` has returned.
 
     Raises:
-        NotSerializable: `torch.save` could not write it, or it has only a part of a DTensor; see `snapshot.refuse_parts`.
+        NotSerializable: `torch.save` could not write it, or it has only a part of a sharded tensor; see `snapshot.refuse_parts`.
         Exception: whatever a ``__reduce__`` or ``__getstate__`` inside `obj` raised.
     """
 
@@ -196,7 +196,7 @@ def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]],
         if isinstance(part, torch.TypedStorage):
             bare.append((part._untyped_storage, part.dtype))  # the public `untyped` warns that it will change
             return _STORAGE
-        if hasattr(type(part), "full_tensor"):
+        if may_be_part(type(part)):
             refuse_parts(obj)
         return NotImplemented
 

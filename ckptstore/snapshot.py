@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import NotSerializable, StateMismatch
 
-__all__ = ["Plan", "refuse_parts", "restore", "to_state"]
+__all__ = ["Plan", "may_be_part", "refuse_parts", "restore", "to_state"]
 
 
 def to_state(obj: Any) -> Any:
@@ -94,7 +94,7 @@ def refuse_parts(state: Any) -> None:
     Raises:
         NotSerializable: says where.
     """
-    if "torch.distributed.tensor" not in sys.modules or not any(hasattr(kind, "full_tensor") for kind in _kinds(state)):
+    if not _SHARDED & sys.modules.keys() or not any(map(may_be_part, _kinds(state))):
         return
     queue = [("obj", state)]
     seen: set[int] = set()
@@ -104,21 +104,34 @@ def refuse_parts(state: Any) -> None:
             parts: Iterable[tuple[Any, Any]] = node.items()
         elif isinstance(node, (list, tuple)):
             parts = enumerate(node)
-        elif (
-            hasattr(type(node), "full_tensor")
-            and node.device_mesh.size() > 1
-            and not all(p.is_replicate() for p in node.placements)
-        ):
+        elif _is_part(node):
+            kind, mine = ("DTensor", "to_local()") if hasattr(node, _DTENSOR) else ("ShardedTensor", "local_shards()")
             raise NotSerializable(
-                f"{path} is a DTensor of which each rank has a part, and this would save one rank's; save with "
+                f"{path} is a {kind} of which each rank has a part, and this would save one rank's; save with "
                 "dcp.save(state, storage_writer=store.dcp_writer(…)), or a full state dict (StateDictOptions(full_state_dict=True)), "
-                "or to_local() of it on every rank, under names of their own"
+                f"or {mine} of it on every rank, under names of their own"
             )
         else:
             continue
         if id(node) not in seen:
             seen.add(id(node))
             queue += [(f"{path}[{key!r}]", part) for key, part in parts]
+
+
+_SHARDED = {"torch.distributed.tensor", "torch.distributed._shard.sharded_tensor"}
+_DTENSOR, _OLDER = "full_tensor", "local_shards"
+"""What `DTensor` has, and what `ShardedTensor` has, which came before it."""
+
+
+def may_be_part(kind: type) -> bool:
+    """Whether a value of this class may be one of which each rank has a part."""
+    return hasattr(kind, _DTENSOR) or hasattr(kind, _OLDER)
+
+
+def _is_part(value: Any) -> bool:
+    if hasattr(type(value), _DTENSOR):
+        return value.device_mesh.size() > 1 and not all(p.is_replicate() for p in value.placements)
+    return hasattr(type(value), _OLDER) and len(value.local_shards()) < len(value.metadata().shards_metadata)
 
 
 def _kinds(obj: Any) -> set[type]:

@@ -296,12 +296,17 @@ def save_how(channel: Channel, rank: int, url: str, how: str) -> Any:
         return store.save(state, step=1, process_group=dist.group.WORLD).id
 
 
-def save_parts(channel: Channel, rank: int, url: str, file: str) -> Any:
+def save_parts(channel: Channel, rank: int, url: str, file: str, kind: str) -> Any:
     """Try on one rank, in each way there is, to save what all ranks have parts of; then save what each has all of."""
+    from torch.distributed._shard import sharded_tensor
+    from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+
+    warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     told: dict[str, str] = {}
     with Store(url) as store:
-        parts = sharded(1.0)["a"]
+        older = kind == "ShardedTensor"
+        parts: Any = sharded_tensor.ones(ChunkShardingSpec(0, ["rank:0/cpu", "rank:1/cpu"]), 4, 3) if older else sharded(1.0)["a"]
         same = distribute_tensor(torch.ones(3), mesh, [Replicate()])
         cycle: dict[str, Any] = {"deep": [{"x": parts}]}
         cycle["self"] = cycle
@@ -319,7 +324,7 @@ def save_parts(channel: Channel, rank: int, url: str, file: str) -> Any:
             store.save({"x": same}, "same")
             store.save_async({"x": same}, "same-async").result()
             atomic_torch_save({"x": same}, file)
-            store.save({"x": parts.to_local()}, "rank-0")
+            store.save({"x": parts.local_shards()[0].tensor if older else parts.to_local()}, "rank-0")
         dist.barrier()
     return told
 

@@ -220,13 +220,16 @@ class TestHabits:
         assert ranks.run(work.save_together_badly, 2, url, how) == [[kind, {}] for kind in told]
         assert Store(url).load() == {"x": 1}
 
-    def test_a_part_of_a_sharded_state_is_not_saved_as_if_it_were_all(self, ranks: Ranks, url: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["DTensor", "ShardedTensor"])
+    def test_a_part_of_a_sharded_state_is_not_saved_as_if_it_were_all(
+        self, ranks: Ranks, url: str, tmp_path: Path, kind: str
+    ) -> None:
         file = tmp_path / "file.pt"
         file.write_text("as it was")
-        told, _ = ranks.run(work.save_parts, 2, url, str(file))
+        told, _ = ranks.run(work.save_parts, 2, url, str(file), kind)
         assert set(told) == {"save", "save_async", "atomic_torch_save"}
         for message in told.values():
-            assert "obj['deep'][0]['x'] is a DTensor of which each rank has a part" in message
+            assert f"obj['deep'][0]['x'] is a {kind} of which each rank has a part" in message
         assert set(Store(url).names()) == {"same", "same-async", "rank-0"}
 
     @pytest.mark.parametrize("bad_rank", [0, 1])
