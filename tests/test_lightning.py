@@ -299,6 +299,39 @@ def test_names_that_come_again(tmp_path: Path, warm: Nursery, asynchronous: bool
     assert told(warm, count_up, str(tmp_path), asynchronous) == ["counted"]
 
 
+def stateful(channel: Channel, folder: str) -> None:
+    """A loader that keeps its state, of which Lightning restores that from the last batch of an epoch in the next one."""
+    quietly()
+    import torch
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    from ckptstore.integrations.torchdata import InLoader
+
+    def fit(url: str, steps: int, inside: Any = InLoader) -> tuple[list[Any], str]:
+        torch.manual_seed(5)
+        random.seed(5)
+        model, plain = make_model(), make_loader()
+        loader = StatefulDataLoader(plain.dataset, plain.batch_size, sampler=inside(plain.sampler))
+        trainer = make_trainer(url, url, saver(url, every_n_train_steps=1), max_steps=steps)
+        trainer.fit(model, loader, ckpt_path="latest")
+        return model.seen, digest(model, trainer)
+
+    whole, end = fit(f"{folder}/whole", -1)
+    assert whole[:BATCHES] != whole[BATCHES : 2 * BATCHES]
+    for steps in (BATCHES, BATCHES + 3):
+        begun, _ = fit(f"{folder}/{steps}", steps)
+        assert len(begun) == steps
+        rest, again = fit(f"{folder}/{steps}", -1)
+        assert (begun + rest, again) == (whole, end)
+    with pytest.raises(UsageError, match=r"InLoader\(sampler\)"):
+        fit(f"{folder}/refused", 1, lambda sampler: sampler)
+    channel.send("the same")
+
+
+def test_a_stateful_loader(tmp_path: Path, warm: Nursery) -> None:
+    assert told(warm, stateful, str(tmp_path)) == ["the same"]
+
+
 def start_over(channel: Channel, folder: str) -> None:
     """Start at the beginning where there is something to resume from: because Lightning does not look there, or was not told to."""
     quietly()

@@ -319,7 +319,11 @@ class ExactResume(_Callback):  # type: ignore[misc]
             message = "this epoch is gone on with, but the training loader can only start anew: samples will be repeated"
             warnings.warn(f"{message}; give it one of ckptstore's samplers", StoreWarning, stacklevel=2)
         _restore_generators(trainer, saved["generators"])
-        if begins and not _stateful(trainer) and not trainer.fit_loop.done:  # no epoch begins after the last one
+        if begins and not trainer.fit_loop.done:  # no epoch begins after the last one
+            if _stateful(trainer):  # what was saved at the last batch would have it yield nothing in this epoch
+                for inside in _samplers(trainer):
+                    if callable(getattr(inside, "set_epoch", None)):
+                        inside.set_epoch(progress.processed)
             iter(trainer.fit_loop._data_fetcher)  # draws a seed from the generators, as at the start of every epoch
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -371,14 +375,20 @@ def _stateful(trainer: Any) -> bool:
 
 def _sampler(trainer: Any) -> Interruptable[Any] | None:
     """Return the sampler of ours that the training loader draws from, None if there is none or the loader keeps its state itself."""
+    found = next((sampler for sampler in _samplers(trainer) if isinstance(sampler, Interruptable)), None)
+    if found is None or not _stateful(trainer):
+        return found
+    # It takes the sampler's own state, in which nobody has counted, for all that it needs to go on.
+    raise UsageError(
+        "this stateful loader does not count for the sampler in it: use torch's DataLoader, or "
+        "sampler=ckptstore.integrations.torchdata.InLoader(sampler)"
+    )
+
+
+def _samplers(trainer: Any) -> tuple[Any, ...]:
     loader = _loader(trainer)
-    if loader is None or _stateful(trainer):
-        return None
     batches = getattr(loader, "batch_sampler", None)
-    for sampler in (batches, getattr(batches, "sampler", None), getattr(loader, "sampler", None)):
-        if isinstance(sampler, Interruptable):
-            return sampler
-    return None
+    return batches, getattr(batches, "sampler", None), getattr(loader, "sampler", None)
 
 
 def _count_of(trainer: Any, sampler: Interruptable[Any]) -> int:

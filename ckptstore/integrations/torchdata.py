@@ -91,6 +91,10 @@ class InLoader(Sampler[Any]):
     def __len__(self) -> int:
         return len(self._sampler)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Do as the sampler's ``set_epoch``: Lightning calls it before each epoch."""
+        self._sampler.set_epoch(epoch)
+
     def __iter__(self) -> Iterator[Any]:
         self.loaded = None
         return _Position(self._sampler)
