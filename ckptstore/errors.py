@@ -221,7 +221,7 @@ class ChangedWhileSaving(CkptStoreError):
 
 
 class RankFailed(CkptStoreError):
-    """Another rank of this job failed, or found something else than this one, so that nothing was done here either. Says what it met."""
+    """Another rank of this job failed, or found something else than this one, so that this one gave up, too. Says what it met."""
 
 
 class WrongVersion(CkptStoreError, ImportError):

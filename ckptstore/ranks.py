@@ -103,7 +103,7 @@ class Ranks:
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, BaseException):
                 raise RankFailed(
-                    f"rank {rank} failed, so nothing was done here: {type(outcome).__name__}: {outcome}"
+                    f"rank {rank} failed, and so all ranks give up: {type(outcome).__name__}: {outcome}"
                 ) from outcome
 
     def on_first(self, call: Callable[[], _R]) -> _R:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .checkpoint import LOADERS, RNG_FILE, Checkpoint
@@ -44,16 +45,14 @@ def restore_newest(
         saved_rng = checkpoint.load(RNG_FILE, map_location="cpu") if rng and RNG_FILE in checkpoint.files else None
         return plans[0] if plans and plans[0].state is state else snapshot.Plan(objects, state), saved_rng
 
+    def fit() -> None:
+        with _naming_the_loader(checkpoint):
+            plan.check()
+
     def apply() -> None:
-        try:
-            plan.check()  # before anything is changed
+        with _naming_the_loader(checkpoint):
             _restore_sampler(checkpoint, sampler)
             plan.carry_out()
-        except StateMismatch as exc:
-            if not checkpoint.by:
-                raise
-            loader = LOADERS.get(checkpoint.by, "that")
-            raise WrongKind(f"checkpoint {checkpoint.id} was written by {checkpoint.by}; {loader} loads it: {exc}") from exc
         if saved_rng is not None:
             generators.restore(saved_rng)
 
@@ -61,14 +60,28 @@ def restore_newest(
         if not newest_first(engine, name):
             return None
         checkpoint, (plan, saved_rng) = first_whole(engine, name, None, read)
+        fit()  # before anything is changed
         apply()
         return checkpoint
     found = newest_whole_for_all(engine, name, ranks, read)
     if found is None:
         return None
     checkpoint, (plan, saved_rng) = found
+    ranks.together(fit)
     ranks.together(apply)
     return checkpoint
+
+
+@contextmanager
+def _naming_the_loader(checkpoint: Checkpoint) -> Iterator[None]:
+    """Of what a library wrote, say what loads it if it does not fit."""
+    try:
+        yield
+    except StateMismatch as exc:
+        if not checkpoint.by:
+            raise
+        loader = LOADERS.get(checkpoint.by, "that")
+        raise WrongKind(f"checkpoint {checkpoint.id} was written by {checkpoint.by}; {loader} loads it: {exc}") from exc
 
 
 def newest_whole_for_all(

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.futures import Future
 
-from ckptstore import Store, atomic_torch_save
+from ckptstore import InterruptableSampler, Store, atomic_torch_save
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import BackendError, FallbackWarning, NotSerializable
 from ckptstore.testing import Fault, FaultyBackend
@@ -294,6 +294,18 @@ def save_how(channel: Channel, rank: int, url: str, how: str) -> Any:
         if how == "same":
             return store.save(state, step=1).id
         return store.save(state, step=1, process_group=dist.group.WORLD).id
+
+
+def resume_what_does_not_fit(channel: Channel, rank: int, url: str) -> Any:
+    """Resume, on all ranks together, what does not fit on the last; return what is said, and what is there afterwards."""
+    held, sampler = {"x": torch.zeros(3 + rank), "n": 0}, InterruptableSampler(range(9))
+    with Store(url) as store:
+        try:
+            store.resume(held, sampler=sampler, process_group=dist.group.WORLD)
+            told = "nothing"
+        except Exception as exc:
+            told = type(exc).__name__
+    return [told, held["x"].tolist(), held["n"], sampler.consumed]  # type: ignore[attr-defined]
 
 
 def save_parts(channel: Channel, rank: int, url: str, file: str, kind: str) -> Any:

@@ -14,7 +14,7 @@ from procs import litter
 from ranks_rig import Ranks
 from s3_rig import Service
 
-from ckptstore import Store
+from ckptstore import InterruptableSampler, Store
 
 pytest_plugins = ("s3_fixtures",)
 WARM = ("dcp_process", "ranks_rig")
@@ -242,6 +242,16 @@ class TestHabits:
         assert ranks.run(work.resume_together, 2, url, "damage", bad_rank) == [[1, [1.0] * 3, 1]] * 2
         with Store(url) as store:
             assert {"rank-0", "rank-1"} < set(store.names())
+
+    def test_what_does_not_fit_on_one_rank_changes_nothing_on_any(self, ranks: Ranks, url: str) -> None:
+        sampler = InterruptableSampler(range(9))
+        sampler.advance(4)
+        with Store(url) as store:
+            store.save({"x": torch.ones(3), "n": 1}, sampler=sampler)
+        assert ranks.run(work.resume_what_does_not_fit, 2, url) == [
+            ["RankFailed", [0.0] * 3, 0, 0],
+            ["StateMismatch", [0.0] * 4, 0, 0],
+        ]
 
     def test_an_empty_store_is_none_on_all_ranks(self, ranks: Ranks, url: str) -> None:
         assert ranks.run(work.resume_together, 2, url, "", -1) == [None, None]

@@ -388,6 +388,11 @@ def refuse(channel: Channel, url: str) -> None:
     with pytest.raises(UsageError, match="automatic_checkpoint_naming"):
         save_state(named, store)
 
+    # Ranks that do not know of each other yet.
+    os.environ.update(WORLD_SIZE="2")
+    with pytest.raises(UsageError, match="TrainingArguments first"):
+        StoreCallback(f"{url}-2").newest(f"{url}-out")
+
     # Ranks of which only some are on this host.
     join(0, 1, f"{url}-meet")
     os.environ.update(LOCAL_WORLD_SIZE="1", WORLD_SIZE="2")

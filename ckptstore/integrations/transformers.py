@@ -54,6 +54,7 @@ class StoreCallback(_Callback):  # type: ignore[misc]
             That folder, for ``trainer.train(resume_from_checkpoint=…)``; None for an empty store.
 
         Raises:
+            UsageError: there are several ranks, and no process group yet.
             WrongKind: something else than this callback wrote it.
             Damaged: there are checkpoints, and not one is whole.
         """
@@ -63,6 +64,11 @@ class StoreCallback(_Callback):  # type: ignore[misc]
             return None if found is None else str(found[1])
 
         ranks = ranks_of(None, everybody=True)
+        if ranks is None and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise UsageError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no process group yet, and each rank would copy to the same "
+                "folder: make the TrainingArguments first, which join the ranks"
+            )
         return copy() if ranks is None else ranks.on_first(copy)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
