@@ -114,6 +114,9 @@ class Preemption:
                 self._as_usual(number)
         elif self._first is None:
             self._first = now
+            around = getattr(self._before.get(signal.Signals(number)), "__self__", None)
+            if isinstance(around, Preemption) and around._first is None:
+                around._note(number, _frame)  # whoever goes on after this block is asked to stop as well
         elif now - self._first >= _ECHO:
             self._as_usual(number)
 

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -45,6 +46,27 @@ def test_a_signal_leaves_a_note() -> None:
             assert guard.requested()
             assert 0 < guard.seconds_left <= 50
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_block_within_a_block() -> None:
+    """Both are asked to stop; a second signal does what it would have done outside of both."""
+    code = """
+        import signal, time
+        from ckptstore import preemption
+        with preemption() as outer:
+            with preemption([signal.SIGTERM]) as inner:
+                assert not inner.requested() and not outer.requested()
+                signal.raise_signal(signal.SIGTERM)
+                assert inner.requested()
+            assert outer.requested()
+            with preemption([signal.SIGTERM]) as another:
+                assert not another.requested()
+                for guard in (outer, another):
+                    guard._first = time.monotonic() - 10
+                signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("still alive")
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60).returncode == -signal.SIGTERM
 
 
 def test_other_signals_do_as_they_did() -> None:
