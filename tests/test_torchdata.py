@@ -172,6 +172,35 @@ def test_on_another_number_of_ranks() -> None:
         assert len(seen) < LENGTH + world
 
 
+def test_between_two_snapshots_ranks_and_batches_must_stay(tmp_path: Path) -> None:
+    """There torchdata draws some batches again to get where it was."""
+
+    def make(world: int, batch_size: int, snapshots: int = 4) -> Any:
+        sampler = InterruptableDistributedSampler(DATA, world, 0, seed=3)
+        return StatefulDataLoader(
+            DATA, batch_size=batch_size, sampler=InLoader(sampler), num_workers=1, snapshot_every_n_steps=snapshots
+        )
+
+    loader = make(2, 4)
+    batches = iter(loader)
+    seen = [next(batches) for _ in range(3)]
+    state = LoaderState(loader).state_dict()
+    for world, batch_size in ((1, 4), (2, 5)):
+        with pytest.raises(StateMismatch, match="2 ranks and a batch size of 4, and can only go on so"):
+            LoaderState(make(world, batch_size)).load_state_dict(state)
+    again = make(2, 4)
+    LoaderState(again).load_state_dict(state)
+    assert numbers(seen) + numbers(again) == numbers(make(2, 4))
+
+    for _ in batches:
+        pass
+    state = LoaderState(loader).state_dict()  # at the end nothing is drawn again
+    assert state["loader"]["_steps_since_snapshot"]
+    more = make(25, 5)
+    LoaderState(more).load_state_dict(state)
+    assert len(numbers(more)) == 2
+
+
 def test_nothing_for_this_rank() -> None:
     sampler = InterruptableDistributedSampler(TensorDataset(torch.arange(1)), 2, 0, drop_last=True)
     loader: Any = StatefulDataLoader(TensorDataset(torch.arange(1)), sampler=InLoader(sampler))

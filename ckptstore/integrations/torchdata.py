@@ -29,6 +29,8 @@ _VERSION = require_version("torchdata", "torchdata", (0, 11), 1)
 _TENSOR = "torchdata tensor"
 _TUPLE = "torchdata tuple"
 _FINISHED = "_iterator_finished"
+_REPLAYED = "_steps_since_snapshot"
+"""How many batches are drawn again, and dropped, before the loader goes on: ``snapshot_every_n_steps`` with workers."""
 _OTHERS = ("dataset_state", "fetcher_state", "_worker_snapshots")
 """What a loader's state has of data sets, which may hold samplers of their own."""
 
@@ -49,8 +51,14 @@ class LoaderState:
         self._ours = next((sampler for sampler in inside if isinstance(sampler, InLoader)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        loaded = None if self._ours is None else self._ours.loaded
-        return {BY: _VERSION, "loader": _packed(self._loader.state_dict() if loaded is None else loaded)}
+        if self._ours is None:
+            return {BY: _VERSION, "loader": _packed(self._loader.state_dict())}
+        loaded = self._ours.loaded
+        state = self._loader.state_dict() if loaded is None else loaded
+        return {BY: _VERSION, "loader": _packed(state), "dealt": self._dealt(self._ours)}
+
+    def _dealt(self, ours: InLoader) -> list[int | None]:
+        return [ours.ranks, getattr(self._loader, "batch_size", None)]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where `state_dict` says, with the next iteration.
@@ -67,7 +75,15 @@ class LoaderState:
             )
         try:
             state = _unpacked(state_dict["loader"])
-            self._loader.load_state_dict(state if self._ours is None else self._ours.go_on(state))
+            if self._ours is not None:
+                dealt, saved = self._dealt(self._ours), state_dict.get("dealt")
+                if state.get(_REPLAYED) and not state.get(_FINISHED) and saved not in (dealt, None):
+                    raise StateMismatch(
+                        f"this state was saved between two snapshots (snapshot_every_n_steps), with {saved[0]} ranks and a batch size "
+                        f"of {saved[1]}, and can only go on so, not with {dealt[0]} and {dealt[1]}"
+                    )
+                state = self._ours.go_on(state)
+            self._loader.load_state_dict(state)
         except StateMismatch:
             raise
         except (AssertionError, KeyError, TypeError, ValueError) as exc:
@@ -87,6 +103,11 @@ class InLoader(Sampler[Any]):
         self._sampler = sampler
         self.loaded: dict[str, Any] | None = None
         """The state that the loader was given last, until it iterates."""
+
+    @property
+    def ranks(self) -> int:
+        """How many share the samples."""
+        return self._sampler.num_replicas
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -115,6 +136,8 @@ class InLoader(Sampler[Any]):
                 start.reset_progress()
                 start.epoch += 1
                 position.update(start.state_dict())
+                if _REPLAYED in given:
+                    given[_REPLAYED] = 0
             self._sampler.reset_progress()
             self._sampler.set_epoch(start.epoch)
         self.loaded = state
