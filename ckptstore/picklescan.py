@@ -103,6 +103,7 @@ class _Machine:
         self.records = records
         self.budget = self.bytes_left = budget + SLACK
         self.items_left = len(data)  # each item of a legitimate copy was pushed once, by an opcode of its own
+        self.copied_left = len(data) + SLACK  # each byte of a legitimate bytearray was spelled out once
         self.seen: set[str] = set()
         self.stack: list[object] = []
         self.marked: list[list[object]] = []
@@ -262,6 +263,11 @@ class _Machine:
         if func.name in ("builtins.bytearray", "_codecs.encode"):
             first = args[0] if args else 0
             n = max(first, 0) if isinstance(first, int) else _length(first)
+            if module == "builtins" and isinstance(first, _Sized):  # of bytes, which have been accounted for
+                self.copied_left -= n
+                if self.copied_left < 0:
+                    raise UnsafeContent("its pickle copies the same bytes over and over")
+                return _Sized(n)
             # bytes are pickled as text that is encoded again as latin1, one byte a character
             self._take_bytes(n if module == "builtins" or args[1:2] == ("latin1",) else n * 4, func.name)
             return _Sized(n)

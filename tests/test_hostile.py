@@ -180,6 +180,11 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         "unknown size",
     ),
     "bytearray(10^12)": (call(name("builtins", "bytearray"), number(HUGE)), "out of proportion"),
+    "one text copied into many bytearrays": (
+        b"](" + call(name("_codecs", "encode"), text("x" * 100_000), text("latin1")) + b"q\x01"
+        + call(name("builtins", "bytearray"), b"h\x01") * 100 + b"e",
+        "copies the same bytes",
+    ),
     "bytearray by its old name": (call(name("__builtin__", "bytearray"), number(HUGE)), "out of proportion"),
     "Tensor(10^12)": (call(name("torch", "Tensor"), number(HUGE)), "out of proportion"),
     "Tensor(10^6, 10^6)": (name("torch", "Tensor") + tup(number(10**6), number(10**6)) + b"\x81", "out of proportion"),

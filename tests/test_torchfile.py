@@ -127,6 +127,7 @@ LOADABLE: dict[str, Callable[[], Any]] = {
     "containers": lambda: {"a": [1, (2.5, None, True), {"s"}], 3: collections.OrderedDict(x=1), "c": collections.Counter("aab")},
     "numbers": lambda: [0, -1, 2**31, -(2**31) - 1, 2**2000, 1e-320, float("inf"), 1j],
     "text and bytes": lambda: ["", "é\u2028\ud800", "x" * 1000, b"ab\x00\xff", bytearray(b"xyz" * 999)],
+    "bytes that can be changed": lambda: [bytearray(bytes(range(256)) * 4000), bytearray(b"x") * 3_000_000, b"y" * 2_000_000],
     "empty": dict,
     "module state": lambda: torch.nn.BatchNorm1d(3).state_dict(),
 }
