@@ -189,7 +189,7 @@ class Transaction:
         """Copy all files below `folder` into the checkpoint, below `into` if given. Empty folders are not kept.
 
         Raises:
-            UsageError: `folder` is no folder, or holds a link to a folder, or something that is neither file nor folder.
+            UsageError: `folder` is no folder, or holds a link to a folder, or something that is neither file nor folder, or this store.
         """
         root = os.fspath(folder)
         if not os.path.isdir(root):
@@ -202,7 +202,15 @@ class Transaction:
             raise
 
     def _add_tree(self, root: str, into: str) -> None:
+        backend = self._engine.backend
+        store = getattr(getattr(backend, "inner", backend), "root", None)  # if it is a folder
+        own = os.stat(store) if isinstance(store, str) and os.path.isdir(store) else None
         for parent, folders, files in os.walk(root, onerror=_raise):
+            # It would copy all checkpoints into this one, and this one into itself, until names are too long or the disk is full.
+            if os.path.basename(parent) == self.id or (own and os.path.samestat(own, os.stat(parent))):
+                raise UsageError(
+                    f"{parent} belongs to this store, which cannot be added to itself; add what is beside it by itself"
+                )
             folders.sort()
             for name in folders:
                 if os.path.islink(os.path.join(parent, name)):

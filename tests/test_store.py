@@ -841,6 +841,22 @@ def test_what_is_no_file_cannot_be_added(store: Store, tmp_path: Path) -> None:
     assert contents(store, tx.id) == {"x": b"taken only now"}
 
 
+@pytest.mark.parametrize("scheme", ["", "fsspec+file://"])
+def test_a_store_is_not_added_to_itself(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "train.py").write_text("pass")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "model.py").write_text("pass")
+    with Store(f"{scheme}{tmp_path}/runs?single_writer=1") as store:
+        write(store)
+        for folder in (tmp_path, tmp_path / "runs" / "data"):
+            with pytest.raises(UsageError, match="beside it"), store.transaction() as tx:
+                tx.add_file("first.py", tmp_path / "train.py")
+                tx.add_tree(folder)
+        with store.transaction() as tx:
+            tx.add_tree(tmp_path / "src")
+        assert [*tx.checkpoint.files] == ["model.py"]
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda p: p.symlink_to("real"), os.mkfifo, lambda p: p.symlink_to("/dev/zero")],
