@@ -23,10 +23,11 @@ from stores import new_memory, store_on
 
 import ckptstore
 from ckptstore import CheckpointNotFound, Store, UsageError, envelope
+from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.checkpoint import Checkpoint
 from ckptstore.cli import _errors, _format, _main, main
-from ckptstore.errors import FallbackWarning
+from ckptstore.errors import FallbackWarning, PermissionDenied
 from ckptstore.store import Store as StoreType
 
 CHUNK = 8 << 20
@@ -502,6 +503,21 @@ class TestChanges:
         assert (status, err) == (0, "")
         assert out.splitlines() == [f"deleted {twenty} (step 20, 1.00 kB)", f"deleted {ten} (step 10, 1.00 kB)"]
         assert os.listdir(Path(url, "data")) == [id_of(url, step=30)]
+
+    def test_rm_says_what_is_still_there(self, url: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        gone = id_of(url, step=10)
+
+        def refuse(self: object, keys: object) -> None:
+            raise PermissionDenied(13, "could not delete", gone)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalBackend, "delete", refuse)
+            status, out, err = run("rm", url, gone)
+            assert (status, out.startswith(f"deleted {gone}")) == (0, True)
+            assert f"warning: what {gone} is made of could not be deleted yet" in err
+            assert run("gc", url)[0] == 3
+        assert run("gc", url)[1].startswith("deleted ")
+        assert run("rm", url, "best")[2] == ""
 
     def test_rm_all_names_of_one(self, url: str, run: Any) -> None:
         run("tag", url, "paper", "best")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import warnings
 
+from ..errors import StoreWarning
 from ..record import Record
 from ..store import Store
 from . import _format
@@ -43,6 +45,11 @@ def rm(args: argparse.Namespace, store: Store, out: Output) -> int:
         else:
             deleted.append(gone)
             out.say(f"deleted {gone}{_details(state, gone)}")
+            if gone not in store._engine.deleted:
+                message = (
+                    f"what {gone} is made of could not be deleted yet; 'ckptstore gc' tries again, and says what is in the way"
+                )
+                warnings.warn(message, StoreWarning, stacklevel=1)
     return 0
 
 
