@@ -128,6 +128,8 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        if self in _entered:
+            _entered.remove(self)
 
     def __enter__(self) -> Preemption:
         if self._before:
@@ -142,6 +144,7 @@ class Preemption:
                 )
         self._pid = os.getpid()
         self._before = before
+        _entered.append(self)
         try:
             for number in before:
                 signal.signal(number, self._note)
@@ -158,3 +161,34 @@ class Preemption:
 
             if dist.is_initialized():  # else it has gone with all the others
                 dist.destroy_process_group(talk)
+
+
+_entered: list[Preemption] = []
+"""Those whose block is under way, the innermost last."""
+_mask = threading.local()
+
+
+def _hold() -> None:
+    """Have a SIGTERM wait while this process forks: Python forgets, in the child, what came before it was done with the fork."""
+    held = any(signal.SIGTERM in guard._before for guard in _entered)
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]) if held else None
+
+
+def _go_on() -> None:
+    if _mask.before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _in_fork() -> None:
+    """Let SIGTERM do in a child, such as a worker that loads data, what it would have done outside: that is how its parent ends it."""
+    try:
+        for guard in reversed(_entered):
+            if signal.getsignal(signal.SIGTERM) == guard._note:
+                signal.signal(signal.SIGTERM, guard._before[signal.SIGTERM])
+        _entered.clear()
+    finally:
+        _go_on()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_in_fork)

@@ -184,6 +184,36 @@ def test_forked_workers() -> None:
         assert not guard.requested()
 
 
+def test_a_child_is_ended_however_soon_after_its_fork() -> None:
+    """Before Python is done with the fork, for one; and a handler of the child's own is its own, and its children's."""
+    code = """
+        import os, signal, time
+        from ckptstore import preemption
+        with preemption(), preemption() as guard:
+            children = []
+            for _ in range(20):
+                pid = os.fork()
+                if not pid:
+                    time.sleep(5)
+                    os._exit(0)
+                os.kill(pid, signal.SIGTERM)
+                children.append(pid)
+            assert {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children} == {-signal.SIGTERM}
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            pid = os.fork()
+            if not pid:
+                signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+                if os.fork():
+                    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+                signal.raise_signal(signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            assert not guard.requested()
+        print("over")
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("over\n", "")
+
+
 def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for signals in ([signal.SIGKILL], [signal.SIGSTOP], ["SIGTERM"], [4711], signal.SIGTERM):
         with pytest.raises(UsageError):
