@@ -185,8 +185,10 @@ def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]],
     file = io.BytesIO()
     pickler = _Pickler(file, _PROTOCOL)
     found, plain = tensors.append, torch.Tensor
+    looked = False
 
     def reduced(part: Any) -> Any:
+        nonlocal looked
         if type(part) is plain and not (careful and not are_plain([part])):
             found(part)
             return _TENSOR
@@ -196,8 +198,9 @@ def _pickled(obj: Any, tensors: list[torch.Tensor], bare: list[tuple[Any, Any]],
         if isinstance(part, torch.TypedStorage):
             bare.append((part._untyped_storage, part.dtype))  # the public `untyped` warns that it will change
             return _STORAGE
-        if may_be_part(type(part)):
-            refuse_parts(obj)
+        if may_be_part(type(part)) and not looked:
+            refuse_parts(obj)  # all there are, in one go
+            looked = True
         return NotImplemented
 
     pickler.reducer_override = reduced

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptstore import ChangedWhileSaving, NotSerializable, snapshot, torchfile
+from ckptstore import ChangedWhileSaving, NotSerializable, capture, snapshot, torchfile
 from ckptstore.overlap import stable_tensors
 from ckptstore.still import Place, Still
 
@@ -302,6 +302,21 @@ def test_what_cannot_be_saved_is_told_at_the_call() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         held({"a": Angry()})
+
+
+class Whole:
+    """What may be a part of something, as a `DTensor` may, but is not."""
+
+    full_tensor = None
+
+
+def test_whether_there_are_only_parts_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are looked at then; for each of thousands, it would take seconds, for which the training waits."""
+    looked: list[object] = []
+    monkeypatch.setattr(capture, "refuse_parts", looked.append)
+    state = {"a": [Whole() for _ in range(5)]}
+    held(state)
+    assert looked == [state]
 
 
 def _refuse() -> None:
