@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import RNG_FILE, STATE_FILE, Checkpoint
 from .errors import CkptStoreError, StoreWarning, UsageError
 from .transaction import Draft, Transaction
-from .workers import Bell
+from .workers import Bell, clear_frames
 
 if TYPE_CHECKING:
     from .still import Place, Still
@@ -285,6 +285,7 @@ class Background:
         try:
             checkpoint = self._save(job)
         except BaseException as exc:
+            clear_frames(exc)
             failure = None if job.pending.cancelled() else exc
         self._end(job, failure)
         if not job.pending.cancelled():
@@ -293,6 +294,7 @@ class Background:
                     job.pending.set_result(checkpoint)
                 elif failure is not None:
                     job.pending.set_exception(failure)
+        del failure  # which knows this frame
         _live.discard(job)
         _ended.ring()
 

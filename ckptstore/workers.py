@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import os
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -17,7 +18,7 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Bell", "Job", "Workers", "drain", "lock_of"]
+__all__ = ["Bell", "Job", "Workers", "clear_frames", "drain", "lock_of"]
 
 _R = TypeVar("_R")
 _Lock = TypeVar("_Lock")
@@ -54,6 +55,14 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
     os.register_at_fork(after_in_child=_in_fork)
 
 
+def clear_frames(error: BaseException) -> None:
+    """Clear the frames that `error`, and what it came from, has passed through: what they moved would last as long as it does."""
+    chain: list[BaseException] = [error]
+    for one in chain:
+        traceback.clear_frames(one.__traceback__)
+        chain += [e for e in (one.__cause__, one.__context__) if e is not None and not any(e is known for known in chain)]
+
+
 class Job(Generic[_R]):
     """One call, and what came of it."""
 
@@ -72,6 +81,7 @@ class Job(Generic[_R]):
                 call, args = self._call
                 self._outcome = (call(*args), None)
         except BaseException as exc:  # it is the caller's
+            clear_frames(exc)
             self._outcome = (None, exc)
         finally:
             self._call = call = args = None  # type: ignore[assignment]  # with the memory that it was to move

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import mmap
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -37,9 +40,12 @@ from ckptstore import (
     StoreWarning,
     UsageError,
     background,
+    folder,
 )
+from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.memory import MemoryBackend
 from ckptstore.hostcopy import HostCopy
+from ckptstore.hostmemory import Buffer
 from ckptstore.protocol import PartWriter
 from ckptstore.testing import Fault, FaultyBackend
 from ckptstore.wrapper import Wrapper
@@ -334,6 +340,35 @@ def test_a_failure_that_was_asked_about_is_not_raised_again(valve: Valve) -> Non
     store, pending = failing(valve, BackendError("full"))
     assert isinstance(pending.exception(), BackendError)
     assert store.names() == {}
+
+
+@pytest.mark.parametrize("where", ["open_writer", "write"])
+def test_a_failure_does_not_keep_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Whoever holds on to it; nor does it take a garbage collection, which may be far off, to let go of that."""
+    copies: list[weakref.ref[Any]] = []
+    begin = Buffer.__init__
+
+    def begun(self: Buffer, size: int, pinned: bool) -> None:
+        begin(self, size, pinned)
+        copies.append(weakref.ref(self._memory))
+
+    def trouble(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Buffer, "__init__", begun)
+    monkeypatch.setattr(*((LocalBackend, "open_writer") if where == "open_writer" else (folder, "write_all")), trouble)
+    gc.collect()
+    gc.disable()
+    try:
+        store = Store(tmp_path / "store")
+        pending = store.save_async({"x": torch.zeros(5 << 20)})
+        error = pending.exception(60)
+        assert isinstance(error, OSError) and error.errno == errno.ENOSPC
+        store.close()
+        assert [copy() for copy in copies] == [None]
+        assert "in _save\n" in "".join(traceback.format_exception(error)), "where it came from is known all the same"
+    finally:
+        gc.enable()
 
 
 def test_a_failure_does_not_hide_the_error_that_leaves_the_block(valve: Valve) -> None:
