@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .errors import UsageError
 
@@ -99,10 +100,14 @@ class Preemption:
             return left
         import torch
 
+        if self._talk is None and self._group is not None:
+            self._talk = _talks.get(self._group)
         if self._talk is None:
             # A group of its own: on the CPU, for the GPU must not be waited for at every step; and it does not get in the way of others.
             ranks = dist.get_process_group_ranks(self._group) if self._group is not None else None
             self._talk = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
+            if self._group is not None:
+                _talks[self._group] = self._talk
         number = torch.tensor(left, dtype=torch.float64, device="cpu")
         dist.all_reduce(number, op=dist.ReduceOp.MIN, group=self._talk)
         return float(number)
@@ -156,13 +161,16 @@ class Preemption:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._put_back()
         talk, self._talk = self._talk, None
-        if talk is not None:
+        if talk is not None and self._group is None:
             import torch.distributed as dist
 
             if dist.is_initialized():  # else it has gone with all the others
                 dist.destroy_process_group(talk)
 
 
+_talks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The groups in which those of a given group decide, kept with it: torch gives the next one of the same ranks the name of one that is
+gone, under which the addresses of that are still found."""
 _entered: list[Preemption] = []
 """Those whose block is under way, the innermost last."""
 _mask = threading.local()

@@ -17,6 +17,7 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -305,6 +306,30 @@ def rank(channel: Channel, folder: str, url: str, rank: int, world: int) -> None
                 channel.send("running")
     dist.destroy_process_group()
     channel.send("over")
+
+
+def rank_of_a_part(channel: Channel, folder: str, rank: int) -> None:
+    """Ask in a group of two of three ranks, in one block after another."""
+    import torch.distributed as dist
+
+    limit = timedelta(seconds=10)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3, timeout=limit)
+    part = dist.new_group([0, 2])
+    said = []
+    for block in range(3):
+        if rank != 1:
+            with preemption(process_group=part) as guard:
+                if block == 1 and rank == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                said.append(guard.requested())
+    dist.barrier()
+    dist.destroy_process_group()
+    channel.send("said", *said)
+
+
+def test_a_part_of_the_ranks_asks_in_several_blocks(tmp_path: Path, warm: Nursery) -> None:
+    children = [warm.start(rank_of_a_part, str(tmp_path), rank) for rank in range(3)]
+    assert [child.expect("said") for child in children] == [[False, True, False], [], [False, True, False]]
 
 
 @pytest.mark.parametrize(("world", "signalled"), [(2, 1), (4, 1), (4, 4)])
