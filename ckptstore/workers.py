@@ -81,8 +81,8 @@ class Job(Generic[_R]):
                 call, args = self._call
                 self._outcome = (call(*args), None)
         except BaseException as exc:  # it is the caller's
-            clear_frames(exc)
             self._outcome = (None, exc)
+            clear_frames(exc)
         finally:
             self._call = call = args = None  # type: ignore[assignment]  # with the memory that it was to move
             self._over.release()

@@ -54,6 +54,34 @@ def test_a_job_has_let_go_of_its_memory_when_it_is_over() -> None:
     assert job.result() == "done"
 
 
+def test_a_job_that_has_failed_does_not_keep_what_it_was_given() -> None:
+    """Not through the frames of its error, nor through those of what came before that."""
+
+    class Owner:
+        """Of the memory that a job moves."""
+
+    def move(owner: Owner, inner: bool) -> None:
+        try:
+            if inner:
+                move(Owner(), False)
+            raise ValueError
+        finally:
+            owners.append(weakref.ref(owner))
+
+    def told(owner: Owner) -> None:
+        try:
+            move(owner, True)
+        except ValueError as exc:
+            raise OSError("it went wrong") from exc
+
+    owners: list[weakref.ref[Owner]] = []
+    job = Job(told, Owner())
+    job.run()
+    assert isinstance(job._outcome and job._outcome[1], OSError)
+    assert len(owners) == 2
+    assert not any(owner() for owner in owners)
+
+
 def test_waiting_for_a_job_lasts_until_its_call_is_over() -> None:
     may_end, begun = threading.Event(), threading.Event()
 
