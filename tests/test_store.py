@@ -857,6 +857,23 @@ def test_a_store_is_not_added_to_itself(tmp_path: Path, scheme: str) -> None:
         assert [*tx.checkpoint.files] == ["model.py"]
 
 
+def test_nothing_of_a_store_is_copied_before_it_is_known_for_one_s_own(tmp_path: Path) -> None:
+    with Store(tmp_path / "runs") as store:
+        write(store)
+        os.mkfifo(tmp_path / "runs" / "a pipe")
+        with pytest.raises(UsageError, match="beside it"), store.transaction() as tx:
+            tx.add_tree(tmp_path)
+
+
+def test_a_tree_is_added_to_a_store_that_is_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "model.py").write_text("pass")
+    with Store(tmp_path / "runs", acquire=False) as store, store.transaction() as tx:
+        assert not (tmp_path / "runs").exists()
+        tx.add_tree(tmp_path / "src")
+    assert [*tx.checkpoint.files] == ["model.py"]
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda p: p.symlink_to("real"), os.mkfifo, lambda p: p.symlink_to("/dev/zero")],
