@@ -210,6 +210,51 @@ def test_a_handler_of_a_signal_that_comes_while_a_job_is_begun(
     some.close()
 
 
+def test_what_comes_while_the_threads_are_being_dismissed_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, which had hired before."""
+    crew, job = _Crew(), Job(len, "four")
+    dismiss = workers._dismiss
+
+    def meanwhile(*args: Any, **options: Any) -> None:
+        dismiss(*args, **options)
+        crew.jobs.put(job)
+        crew.do_what_is_left()
+
+    monkeypatch.setattr(workers, "_dismiss", meanwhile)
+    crew.dismiss()
+    assert job.done()
+
+
+def test_threads_that_have_been_dismissed_and_are_still_at_work_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, may_end = threading.Event(), threading.Event()
+
+    class Told(SimpleQueue[Any]):
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            super().put(item)
+            if item is None:
+                there.set()
+
+    monkeypatch.setattr(workers, "SimpleQueue", Told)
+    crew = _Crew()
+    crew.jobs.put(Job(may_end.wait, _PATIENCE))
+    assert crew.hire(1)
+    there.clear()
+    closing = threading.Thread(target=crew.dismiss, daemon=True)
+    closing.start()
+    assert there.wait(_PATIENCE)
+    crew.do_what_is_left()
+    may_end.set()
+    closing.join(_PATIENCE)
+    assert not closing.is_alive()
+
+
+def test_what_interrupts_the_job_that_is_done_here_goes_on(crew: _Crew) -> None:
+    crew.dismiss()
+    crew.jobs.put(Job(fail, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        crew.do_what_is_left()
+
+
 def test_no_more_threads_than_were_asked_for_and_none_after_closing() -> None:
     some = Workers(2)
     together = threading.Barrier(2)
