@@ -1,4 +1,7 @@
-"""Saves arrays with Orbax, in a Python of its own, each time that a line with their sizes comes; prints wall and CPU seconds."""
+"""Saves arrays with Orbax, in a Python of its own, each time that a line with their sizes comes; prints wall and CPU seconds.
+
+They are random, as the others' tensors are: it compresses what it writes.
+"""
 
 import os
 import sys
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 folder = Path(sys.argv[1])
@@ -15,7 +19,8 @@ sizes: list[int] = []
 for line in sys.stdin:
     if (wanted := [int(n) for n in line.split()]) != sizes:
         sizes = wanted
-        state = {str(i): jax.block_until_ready(jnp.ones(n, jnp.float32)) for i, n in enumerate(sizes)}
+        numbers = np.random.default_rng(0)
+        state = {str(i): jax.block_until_ready(jnp.asarray(numbers.random(n, np.float32))) for i, n in enumerate(sizes)}
     start, cpu = time.perf_counter(), time.process_time()
     saver.save(folder / "orbax", state)
     saver.wait_until_finished()

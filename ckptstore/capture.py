@@ -10,7 +10,8 @@ import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from operator import attrgetter
+from itertools import compress
+from operator import attrgetter, not_
 from typing import Any
 
 import torch
@@ -48,10 +49,10 @@ class Capture:
         if plain is None:
             tensors, bare = [], []
             self._structure = _pickled(obj, tensors, bare, careful=True)
-            storages, steady = list(map(torch.Tensor.untyped_storage, tensors)), frozenset()
-            keys, devices = list(map(id, storages)), set(map(_device, storages))
+            storages = list(map(torch.Tensor.untyped_storage, tensors))
+            keys, devices, waits = list(map(id, storages)), set(map(_device, storages)), [False] * len(storages)
         else:
-            storages, keys, devices = plain
+            storages, keys, devices, waits = plain
         for storage, _ in bare:
             storages.append(storage)
             keys.append(id(storage))
@@ -65,13 +66,12 @@ class Capture:
         """The place of each in `storages`, by its id."""
         self.devices = devices
         """Where they are."""
-        self._waits = [key in steady for key in keys[: len(tensors)]]
+        self._waits = waits
         """Of each tensor, whether it is steady."""
-        self._tensors = [t for t, waits in zip(tensors, self._waits, strict=True) if waits] if steady else []
+        self._tensors = list(compress(tensors, waits))
         """Those that are."""
         # How one lies that is not steady may change as soon as this returns, without another storage: by t_(), for one.
-        now = [t for t, waits in zip(tensors, self._waits, strict=True) if not waits] if steady else tensors
-        self._layouts = _layouts_of(now)
+        self._layouts = _layouts_of(_others(tensors, waits))
         self._later = _layouts_of([])
         self._whole: dict[int, tuple[Capture, list[int]]] = {}
         """Tensors that are told by more than how they lie, by their place, each with the numbers of its storages."""
@@ -147,8 +147,8 @@ class Capture:
 
 def _storages_of(
     tensors: Sequence[torch.Tensor], steady: AbstractSet[int]
-) -> tuple[list[torch.UntypedStorage], list[int], set[torch.device]] | None:
-    """Return the storage of each, the ids of these, and their devices; None if one is not plain.
+) -> tuple[list[torch.UntypedStorage], list[int], set[torch.device], list[bool]] | None:
+    """Return the storage of each, the ids of these, their devices, and which are steady; None if one tensor is not plain.
 
     Those over steady storages are only asked for what may change all the same.
     """
@@ -157,10 +157,15 @@ def _storages_of(
     except RuntimeError:  # some have none
         return None
     keys, devices = list(map(id, storages)), set(map(_device, storages))
-    others = tensors if not steady else [t for t, key in zip(tensors, keys, strict=True) if key not in steady]
-    if any(d.type not in ("cpu", "cuda") for d in devices) or have_attributes(tensors) or not are_plain(others):
+    waits = list(map(steady.__contains__, keys))
+    plain = are_plain(_others(tensors, waits)) and not have_attributes(tensors)
+    if not plain or any(d.type not in ("cpu", "cuda") for d in devices):
         return None
-    return storages, keys, devices
+    return storages, keys, devices, waits
+
+
+def _others(tensors: Sequence[torch.Tensor], waits: Sequence[bool]) -> list[torch.Tensor]:
+    return list(compress(tensors, map(not_, waits)))
 
 
 _device = attrgetter("device")
