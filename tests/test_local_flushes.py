@@ -228,6 +228,7 @@ def test_what_was_acknowledged_survives_a_power_cut(tmp_path: Path, keep_metadat
         os.close(fd)
         unfinished.abort()
     with mounted(disk, "ext4", "loop", str(image)):
+        backend = LocalBackend.open(str(disk / "runs" / "42"), {})  # anew: it may be another loop device, and so another folder
         assert backend.get("data/x/deep/state.pt", 1 << 20) == b"s" * 100_000
         assert backend.get("log/1", 1 << 20) == b"r" * 5000
         with pytest.raises(NotFound):
