@@ -25,7 +25,7 @@ import pytest
 import torch
 from procs import in_fork, litter
 from stores import new_memory, state_of, store_on, write
-from test_interrupted import interrupt
+from test_interrupted import HandlerAt, interrupt
 
 from ckptstore import (
     Ambiguous,
@@ -608,23 +608,6 @@ def test_a_signal_handler_that_saves_when_a_thread_is_just_to_be_started(monkeyp
     store.save(state(3))
     assert [value(c) for c in store] == [1, 2, 3]
     store.close()
-
-
-class HandlerAt:
-    """Calls `handler` at the `at`-th moment of this thread at which Python would, as `test_interrupted.InterruptAt` raises."""
-
-    def __init__(self, at: int, handler: Callable[[], object]) -> None:
-        self.fired = False
-        self._left = at
-        self._handler = handler
-
-    def __call__(self, frame: Any, event: str, function: Any) -> None:
-        if event in ("call", "c_return"):
-            self._left -= 1
-            if not self._left:
-                self.fired = True
-                sys.setprofile(None)
-                self._handler()
 
 
 @pytest.mark.parametrize("stride", [pytest.param(37, id="sampled"), pytest.param(1, id="full", marks=pytest.mark.soak)])

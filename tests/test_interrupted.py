@@ -102,13 +102,14 @@ def test_signals_that_raise_at_random_moments(tmp_path: Path, saving: Nursery, t
     assert stopped == times
 
 
-class InterruptAt:
-    """Raises KeyboardInterrupt at the `at`-th moment of this thread at which Python would run the handler of a signal: as a function of
-    Python's begins, and when one of C's is over, whose result is lost then."""
+class HandlerAt:
+    """Calls `handler` at the `at`-th moment of this thread at which Python would run the handler of a signal: as a function of Python's
+    begins, and when one of C's is over, whose result is lost if the handler raises."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, handler: Callable[[], object]) -> None:
         self.fired = False
         self._left = at
+        self._handler = handler
 
     def __call__(self, frame: Any, event: str, function: Any) -> None:
         if event in ("call", "c_return"):
@@ -116,7 +117,11 @@ class InterruptAt:
             if not self._left:
                 self.fired = True
                 sys.setprofile(None)
-                raise KeyboardInterrupt
+                self._handler()
+
+
+def _raise_interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def save_large(store: Store, step: int) -> str:
@@ -139,7 +144,7 @@ def interrupt(at: int, change: Callable[[], object], then: Callable[[], object])
 
     In a thread of its own, so that one that waits for ever is found.
     """
-    at_moment = InterruptAt(at)
+    at_moment = HandlerAt(at, _raise_interrupt)
     told: list[BaseException | None] = []
 
     def work() -> None:
